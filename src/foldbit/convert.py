@@ -1,0 +1,335 @@
+"""Verbs on whole models: quantize_, pack_, save_packed, load_packed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from foldbit import models
+from foldbit.core.config import QuantConfig
+from foldbit.nn import layers
+from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from foldbit.packed import files
+from foldbit.packed.layers import PackedLayer, empty
+from foldbit.packed.spec import LayerSpec
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_REPORT = "_foldbit_report"
+_QUANTIZABLE = tuple(layers.TWINS)
+_QUANTIZED = (QuantConv2d, QuantConv1d, QuantLinear)
+
+
+@dataclass
+class ConversionReport:
+    """What :func:`quantize_` did: which layers it quantized how, and what it left float and why."""
+
+    quantized: dict[str, QuantConfig] = field(default_factory=dict)
+    left_float: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"quantized {len(self.quantized)} layers, left {len(self.left_float)} float"]
+        lines += [
+            f"  {name}: {c.name} ({c.weight} weight, {c.activation} input)" for name, c in self.quantized.items()
+        ]
+        lines += [f"  {name}: float, {reason}" for name, reason in self.left_float.items()]
+        return "\n".join(lines)
+
+
+def quantize_(
+    model: Model,
+    config: QuantConfig = layers.DEFAULT_CONFIG,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    overrides: Mapping[str, QuantConfig | None] | None = None,
+    skip: str | tuple[str, ...] = "first-last",
+) -> Model:
+    """Replace a model's Conv2d, Conv1d and Linear layers by quantized ones that share their parameters.
+
+    Optimizers that hold the parameters stay valid. What was left float, and why, is in
+    :func:`conversion_report`.
+
+    Args:
+        model: any network; changed in place.
+        config: how to quantize a layer.
+        filter_fn: ``(module, name) -> bool``; layers for which it is false stay float.
+        overrides: configs for layer names or shell-style patterns (``"blocks.*.conv1"``), None to leave a
+            layer float. The first pattern that matches decides, over ``config`` and ``skip`` too.
+        skip: ``"first-last"`` leaves the first and the last quantizable layer float, in the order of
+            ``named_modules``; a tuple of names leaves those; ``()`` leaves none.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: where the model itself is a layer, which cannot replace itself.
+        ValueError: where an override or a skipped name matches no layer, or a config does not fit one. The
+            model is then unchanged.
+    """
+    if isinstance(model, _QUANTIZABLE):
+        raise TypeError(
+            f"quantize_ changes layers inside a model, and this {type(model).__name__} is a layer itself; "
+            f"wrap it in nn.Sequential, or build a {layers.TWINS[type(model)].__name__}"
+            if type(model) in layers.TWINS
+            else f"quantize_ changes layers inside a model; got a bare {type(model).__name__}"
+        )
+    overrides = dict(overrides or {})
+    candidates = {name: m for name, m in model.named_modules() if type(m) in layers.TWINS}
+    _check_patterns(overrides, candidates)
+    skipped = _skipped(skip, candidates)
+    report = ConversionReport()
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name not in candidates:
+            if isinstance(module, _QUANTIZED):
+                report.quantized[name] = module.config
+            elif reason := _unsupported(module):
+                report.left_float[name] = reason
+            continue
+        chosen: QuantConfig | None = config
+        reason = "its config is fp for weight and activation"
+        pattern = next((p for p in overrides if fnmatchcase(name, p)), None)
+        if pattern is not None:
+            chosen, reason = overrides[pattern], f"override {pattern!r}"
+        elif name in skipped:
+            chosen, reason = None, skipped[name]
+        if chosen is not None and filter_fn is not None and not filter_fn(module, name):
+            chosen, reason = None, "filter_fn"
+        if chosen is None or chosen.weight == chosen.activation == "fp":
+            report.left_float[name] = reason
+            continue
+        try:
+            replacements[module] = layers.from_float(module, chosen)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        report.quantized[name] = chosen
+    _replace(model, replacements)
+    setattr(model, _REPORT, report)
+    return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What :func:`quantize_` last did to this model.
+
+    Raises:
+        ValueError: where it has not been quantized.
+    """
+    report = getattr(model, _REPORT, None)
+    if report is None:
+        raise ValueError("no report: this model has not been through foldbit.quantize_")
+    return report
+
+
+def pack_(model: Model) -> Model:
+    """Replace a model's quantized layers by packed ones, and put it in evaluation mode.
+
+    The outputs are those of the quantized model in evaluation, up to float rounding.
+
+    Args:
+        model: a network that :func:`quantize_` converted; changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: where the model is itself a layer.
+        ValueError: where there is nothing to pack, or a layer cannot be: a float weight under a quantized
+            input, or static scales that have never seen data. The model is then unchanged.
+    """
+    if isinstance(model, _QUANTIZED):
+        raise TypeError(f"pack_ changes layers inside a model; wrap this {type(model).__name__} in nn.Sequential")
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _QUANTIZED):
+            try:
+                replacements[module] = _packed_twin(module)
+            except ValueError as error:
+                raise ValueError(f"layer {name} cannot be packed: {error}") from error
+    if not replacements and not any(isinstance(m, PackedLayer) for m in model.modules()):
+        raise ValueError("nothing to pack: the model has no quantized layers; call foldbit.quantize_ first")
+    _replace(model, replacements)
+    return model.eval()
+
+
+def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a packed model to a file, whole or not at all.
+
+    A model of :mod:`foldbit.models` can be rebuilt from the file alone.
+
+    Raises:
+        ValueError: where the model has quantized layers that are not packed yet, or no packed ones.
+    """
+    files.write(path, packed_bytes(model))
+
+
+def packed_bytes(model: nn.Module) -> bytes:
+    """The bytes that :func:`save_packed` writes."""
+    unpacked = [name for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
+    if unpacked:
+        raise ValueError(f"layers not packed yet: {', '.join(unpacked[:5])}; call foldbit.pack_(model) first")
+    if not any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError("the model has no packed layers; call foldbit.quantize_ and foldbit.pack_ first")
+    return files.serialize(model, _architecture(model))
+
+
+def packed_size(model: nn.Module) -> int:
+    """The size in bytes of a model's packed file, whether it is packed already or not; it is not changed.
+
+    Everything that is not quantized counts as it is, so that a float model's size is that of its state dict.
+    """
+    skeleton = copy.deepcopy(model)
+    replacements: dict[nn.Module, nn.Module] = {
+        module: empty(LayerSpec.of(module, module.config))
+        for module in skeleton.modules()
+        if isinstance(module, _QUANTIZED) and not module.weight_quantizer.scheme.is_float
+    }
+    _replace(skeleton, replacements)
+    return len(files.serialize(skeleton, _architecture(model)))
+
+
+def load_packed(path: str | os.PathLike[str], model: Model | None = None) -> Model | nn.Module:
+    """Read a packed model, in evaluation mode.
+
+    Args:
+        path: a file that :func:`save_packed` wrote.
+        model: a network to fill: float, quantized or packed, of the same shape. Without one, a model of
+            :mod:`foldbit.models` is built from the file alone.
+
+    Returns:
+        The given model, its layers replaced by packed ones; or a new one.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        foldbit.PackedFileError: one of its subclasses, for a file that is broken or of another model. The
+            given model is then unchanged.
+    """
+    contents = files.read(path)
+    if model is None:
+        # First without memory: what a file claims must agree with what it holds before it costs anything.
+        with torch.device("meta"):
+            draft = _build(path, contents.architecture)
+        _plan(path, contents, draft)
+        return _fill(path, contents, _build(path, contents.architecture))
+    return _fill(path, contents, model)
+
+
+def _architecture(model: nn.Module) -> files.Architecture | None:
+    built = models.architecture_of(model)
+    return None if built is None else files.Architecture(*built)
+
+
+def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model) -> Model:
+    _replace(model, {module: empty(spec) for module, spec in _plan(path, contents, model).items()})
+    model.load_state_dict(contents.tensors)
+    return model.eval()
+
+
+def _plan(
+    path: str | os.PathLike[str], contents: files.Contents, model: nn.Module
+) -> dict[nn.Module, LayerSpec]:
+    """Which of the model's layers become packed ones, after checking that the whole file fits the model."""
+    modules = dict(model.named_modules())
+    plan = {}
+    expected = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    for name, spec in contents.layers.items():
+        module = modules.get(name)
+        if not name or module is None:
+            raise files.MismatchedModel(f"{path} has a packed layer {name!r}, the model has no such layer")
+        own = module.spec if isinstance(module, PackedLayer) else _spec_or_none(module, spec.config)
+        if own != spec:
+            raise files.MismatchedModel(
+                f"{path}: layer {name!r} is {spec}, in the model it is {own or type(module).__name__}"
+            )
+        plan[module] = spec
+        for key in module.state_dict(prefix=f"{name}."):
+            del expected[key]
+        expected |= {f"{name}.{suffix}": stored for suffix, stored in spec.tensors().items()}
+    left = [n for n, m in modules.items() if isinstance(m, (*_QUANTIZED, PackedLayer)) and m not in plan]
+    if left:
+        raise files.MismatchedModel(f"{path} has no packed layer {left[0]!r}, which the model quantizes")
+    files.check_tensors(path, expected, contents)
+    return plan
+
+
+def _build(path: str | os.PathLike[str], architecture: files.Architecture | None) -> nn.Module:
+    if architecture is None:
+        raise files.MismatchedModel(
+            f"{path} does not say which network it belongs to; pass one: load_packed(path, model)"
+        )
+    try:
+        return models.create(architecture.name, **architecture.kwargs)
+    except ValueError as error:
+        raise files.MismatchedModel(f"{path}: {error}") from error
+
+
+def _spec_or_none(module: nn.Module, config: QuantConfig) -> LayerSpec | None:
+    return LayerSpec.of(module, config) if isinstance(module, _QUANTIZABLE) else None
+
+
+def _packed_twin(layer: QuantLayer) -> PackedLayer:
+    if layer.weight_quantizer.scheme.is_float:
+        raise ValueError("its weight is float; quantize it, or leave the whole layer float with an override")
+    quantizer = layer.input_quantizer
+    if quantizer.static and not quantizer.seen:
+        raise ValueError(
+            "its static activation scales have never seen data; train it, run batches through it in training "
+            "mode, or use activation_scales='dynamic'"
+        )
+    if not all(torch.isfinite(p).all() for p in layer.parameters()):
+        raise ValueError("its parameters hold NaN or infinity")
+    planes, scales = layer.weight_quantizer.codes(layer.weight)
+    spec = LayerSpec.of(layer, layer.config)
+    running = quantizer.running_scales if quantizer.static else None
+    return PackedLayer.from_codes(spec, planes, scales, layer.bias, running)
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put replacements in, wherever a module stands (it may stand in several places)."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def _check_patterns(overrides: Mapping[str, QuantConfig | None], candidates: Mapping[str, nn.Module]) -> None:
+    for pattern, chosen in overrides.items():
+        if chosen is not None and not isinstance(chosen, QuantConfig):
+            raise TypeError(f"override {pattern!r} is a QuantConfig or None; got {type(chosen).__name__}")
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise ValueError(
+                f"override {pattern!r} matches no quantizable layer; there are: {', '.join(candidates) or 'none'}"
+            )
+
+
+def _skipped(skip: str | tuple[str, ...], candidates: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Names to leave float, with the reason."""
+    if skip == "first-last":
+        if not candidates:
+            return {}
+        names = list(candidates)
+        return {
+            names[-1]: "the last quantizable layer (skip='first-last')",
+            names[0]: "the first quantizable layer (skip='first-last')",
+        }
+    if isinstance(skip, str):
+        raise ValueError(f"skip is 'first-last', or a tuple of layer names; got {skip!r}")
+    unknown = [name for name in skip if name not in candidates]
+    if unknown:
+        raise ValueError(f"skip names no quantizable layer: {', '.join(map(repr, unknown))}")
+    return {name: "named in skip" for name in skip}
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    """Why a layer that holds a weight matrix is not quantizable, or None where there is nothing to say."""
+    if isinstance(module, _QUANTIZABLE):
+        return f"{type(module).__name__} is a subclass whose forward pass is its own"
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
+        return f"{type(module).__name__} has no quantized twin"
+    return None

@@ -1,0 +1,141 @@
+"""Scales of least squared error.
+
+``solve`` minimises ‖x − Σ v_i·s_i‖² over the scales v and the signs s, for every set of elements that
+shares scales. With 1 bit the optimum is the mean magnitude. With 2 bits the approximation has two
+magnitudes, v1 − v2 and v1 + v2, so the optimum is one-dimensional 2-means on |x|; it splits sorted
+magnitudes at one place, and every place can be tried after one sort and one cumulative sum. Ternary is
+the same search for the tail alone.
+
+Source: Pouransari, Tu, Tuzel, "Least squares binary quantization of neural networks", arXiv 2001.02786,
+sections 3 and 4, whose optimality condition v1 = ½(E[|x| : |x| > v1] + E[|x| : |x| ≤ v1]) every optimum
+of this search satisfies. The greedy baseline is its section 4.2 (after Guo et al., 2017).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foldbit.core import axes, schemes
+from foldbit.core.schemes import Scheme
+from foldbit.kernels import native
+
+
+@torch.no_grad()
+def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
+    """Solve for the scales of x.
+
+    ``ls-1``, ``ls-2`` and ``ls-T`` reach the global optimum up to rounding, for any shape, memory format,
+    ties, zeros, constants and outliers; ``gf-k`` is greedy and does not.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any shape ``[..., n]``.
+        scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-k``.
+        dim: the dim or dims whose elements share scales; None for all.
+
+    Returns:
+        Scales ``[..., k]`` in x's dtype: x's shape without ``dim``, then one non-negative scale a plane,
+        the largest first (greedy ones can grow, on sparse data). Constants to autograd. A row that holds
+        NaN or infinity gets NaN scales; others do not.
+
+    Raises:
+        TypeError: for integer, boolean or complex input.
+        ValueError: for an unknown scheme, ``fp``, or rows without elements.
+
+    Cost: ``ls-2`` and ``ls-T`` on the CPU run in the native core, in linear time and memory below 1 MB a
+    thread. On other devices and under tracing (torch.compile, torch.export) they sort: O(n log n), about
+    seven times the input's memory. ``gf-k`` takes k passes.
+
+    Example:
+        >>> import torch, foldbit as fb
+        >>> fb.solve(torch.tensor([-3.0, -1.0, 1.0, 3.0]), "ls-2")
+        tensor([2., 1.])
+    """
+    scheme = schemes.parse(scheme)
+    axes.check_float(x)
+    if scheme.is_float:
+        raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick ls-1, ls-2, ls-T or gf-k")
+    if x.ndim == 0:
+        x = x.reshape(1)
+    dims = axes.normalize(x.ndim, dim)
+    rows = axes.as_rows(x.detach(), dims)
+    if scheme.name in ("ls-2", "ls-T"):
+        scales = _native(rows, scheme) if _runs_native(rows) else _BY_SORTING[scheme.name](rows)
+    else:
+        scales = _greedy(rows, scheme.planes)
+    return scales.to(x.dtype).reshape(*axes.kept_shape(x.shape, dims), scheme.planes)
+
+
+def _runs_native(rows: Tensor) -> bool:
+    # The native core reads memory, which a tensor under tracing or of a subclass may not have.
+    return (
+        rows.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(rows) in (Tensor, torch.nn.Parameter)
+        and native.has_solvers() and hasattr(native._native,'solve_rows')
+    )
+
+
+def _native(rows: Tensor, scheme: Scheme) -> Tensor:
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    scales, _excess = native.solve_rows(rows.numpy(), scheme.name, threads=torch.get_num_threads())
+    return torch.from_numpy(scales)
+
+
+def _two_planes_by_sorting(rows: Tensor) -> Tensor:
+    """The best split of sorted magnitudes into a low and a high mean. ``[rows, n] -> [rows, 2]``.
+
+    The split after m of n elements saves n·D²/(m(n−m)) of squared error over one mean for all, with
+    D = m·mean − (sum of the m smallest): a form in which nothing large cancels.
+    """
+    magnitudes, unit = _sorted_magnitudes(rows, descending=False)
+    n = magnitudes.shape[1]
+    mean = magnitudes.mean(1, keepdim=True)
+    low_count = torch.arange(1, n + 1, dtype=torch.float64, device=rows.device)
+    high_count = n - low_count
+    drop = (mean - magnitudes).cumsum(1)
+    # The last place leaves no high elements: it stands for "one level", which saves nothing.
+    gain = torch.where(high_count > 0, drop.square() / (low_count * high_count.clamp(min=1)), 0)
+    place = gain.argmax(1, keepdim=True)
+    drop = torch.where(place == n - 1, 0, drop.gather(1, place))
+    low = mean - drop / (place + 1)
+    high = mean + drop / (n - 1 - place).clamp(min=1)
+    return torch.cat([high + low, (high - low).clamp(min=0)], 1) * (unit / 2)
+
+
+def _ternary_by_sorting(rows: Tensor) -> Tensor:
+    """The best tail to keep, all below it becoming 0. ``[rows, n] -> [rows, 2]``, both scales equal."""
+    magnitudes, unit = _sorted_magnitudes(rows, descending=True)
+    count = torch.arange(1, magnitudes.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    tail = magnitudes.cumsum(1)
+    place = (tail.square() / count).argmax(1, keepdim=True)
+    level = tail.gather(1, place) / (place + 1)
+    return (level * (unit / 2)).expand(-1, 2)
+
+
+_BY_SORTING = {"ls-2": _two_planes_by_sorting, "ls-T": _ternary_by_sorting}
+
+
+def _sorted_magnitudes(rows: Tensor, *, descending: bool) -> tuple[Tensor, Tensor]:
+    """Sorted |x| / unit in float64 and the unit, a row's maximum: squares then neither over- nor underflow.
+
+    A row with NaN or infinity becomes NaN throughout.
+    """
+    magnitudes = rows.abs().sort(1, descending=descending).values.double()
+    unit = magnitudes.amax(1, keepdim=True)
+    return magnitudes / torch.where(unit > 0, unit, 1), unit
+
+
+def _greedy(rows: Tensor, planes: int) -> Tensor:
+    """v_i = mean|r|, r ← r − v_i·sign(r), from r = x: exact for one plane. ``[rows, n] -> [rows, k]``."""
+    residual = rows.abs()  # only magnitudes matter, here and after every plane: |r| ← ||r| − v|
+    scales = []
+    for i in range(planes):
+        scale = residual.mean(1, keepdim=True, dtype=torch.float64)
+        scales.append(torch.where(scale.isfinite(), scale, torch.nan))
+        if i + 1 < planes:
+            residual = (residual.double() - scale).abs()
+    return torch.cat(scales, 1)

@@ -1,0 +1,154 @@
+"""The kernels' operations in plain NumPy: slow, and as close to their definitions as code can be.
+
+Every compiled kernel is held against this file, and it computes where the compiled core cannot, if asked to.
+Layouts are described in :mod:`foldbit.kernels.layout`. A sign plane is a tensor of -1 and +1; a dot product
+of signs that a bitwise kernel computes as ``K - 2 * popcount(a xor b)`` is a dot product here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldbit.kernels.layout import LANES, WORD_BITS, bits_to_words
+
+Pair = tuple[int, int]
+
+
+def pack_activation(
+    x: NDArray[np.float32], scales: NDArray[np.float32], groups: int = 1, segments: int = 1, threads: int = 1
+) -> NDArray[np.uint32]:
+    """Fold values into sign planes, one bit a value.
+
+    For one scale ``v`` after another: the bit is ``r < 0`` (so 0, -0 and NaN count as positive), then
+    ``r -= -v if bit else v``, from ``r = x`` on, in float32.
+
+    Args:
+        x: ``float32 [N, C, H, W]``, any strides.
+        scales: ``float32 [N, k]``, each sample's own.
+        groups, segments: each of ``groups * segments`` runs of channels starts on a word of its own.
+        threads: has no effect here.
+
+    Returns:
+        ``uint32 [k, N, H, W, groups * segments, words]``, spare bits 0.
+    """
+    n, c, h, w = x.shape
+    residual = x.transpose(0, 2, 3, 1).reshape(n, h, w, groups * segments, c // (groups * segments))
+    planes = []
+    for v in scales.T.reshape(-1, n, 1, 1, 1, 1):
+        negative = residual < 0
+        planes.append(bits_to_words(negative))
+        with np.errstate(invalid="ignore", over="ignore"):
+            residual = residual - np.where(negative, -v, v)
+    return np.stack(planes)
+
+
+def conv_integers(
+    a: NDArray[np.uint32],
+    w: NDArray[np.uint32],
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    out_size: Pair,
+    in_channels_per_segment: int,
+    out_channels: int,
+    threads: int = 1,
+) -> NDArray[np.int32]:
+    """Convolve every activation plane with every weight plane, segment by segment.
+
+    A tap outside the image adds nothing: zero padding, exactly. The padding given is that at the top and the
+    left; how much there is at the bottom and the right follows from ``out_size``.
+
+    Args:
+        a: ``uint32 [ka, N, H, W, groups * segments, words]``, as :func:`pack_activation` gives it.
+        w: ``uint32 [kw, groups, blocks, segments, kernel_h, kernel_w, words, LANES]``.
+
+    Returns:
+        ``int32 [kw, ka, segments, N, OH, OW, out_channels]``.
+    """
+    weight_planes, groups, _, segments, kernel_h, kernel_w, _, _ = w.shape
+    planes, n, height, width, _, _ = a.shape
+    signs = _signs(a, in_channels_per_segment).reshape(planes, n, height, width, groups, segments, -1)
+    weights = _weight_signs(w, in_channels_per_segment, out_channels)
+    out_h, out_w = out_size
+    out = np.zeros((weight_planes, planes, segments, n, out_h, out_w, groups, out_channels // groups), np.int32)
+    for ky in range(kernel_h):
+        ys = np.arange(out_h) * stride[0] - padding[0] + ky * dilation[0]
+        for kx in range(kernel_w):
+            xs = np.arange(out_w) * stride[1] - padding[1] + kx * dilation[1]
+            inside_y, inside_x = (ys >= 0) & (ys < height), (xs >= 0) & (xs < width)
+            values = signs[:, :, ys[inside_y]][:, :, :, xs[inside_x]]
+            products = np.einsum("anyxgsc,igosc->iasnyxgo", values, weights[:, :, :, ky, kx])
+            out[:, :, :, :, inside_y.nonzero()[0][:, None], inside_x.nonzero()[0]] += products
+    return out.reshape(*out.shape[:-2], out_channels)
+
+
+def conv(
+    x: NDArray[np.float32],
+    w: NDArray[np.uint32],
+    weight_scales: NDArray[np.float32],
+    activation_scales: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    out_size: Pair,
+    out: NDArray[np.float32] | None = None,
+    threads: int = 1,
+) -> NDArray[np.float32]:
+    """Fold a float input, convolve it with folded weights, and scale the result back to floats.
+
+    ``y[n, :, :, o] = bias[o] + sum over segments s, weight planes i, activation planes j of
+    weight_scales[i, o, s] * (activation_scales[n, j] * integers[i, j, s, n, :, :, o])``,
+    added up in that order in float32: every backend gives these very numbers.
+
+    Args:
+        x: ``float32 [N, C, H, W]``, any strides.
+        w: ``uint32 [kw, groups, blocks, segments, kernel_h, kernel_w, words, LANES]``.
+        weight_scales: ``float32 [kw, out_channels, segments]``.
+        activation_scales: ``float32 [N, ka]``.
+        bias: ``float32 [out_channels]``.
+        stride, padding, dilation, out_size: as in :func:`conv_integers`.
+        out: where to write the result; a new array by default.
+
+    Returns:
+        ``float32 [N, OH, OW, out_channels]``.
+    """
+    groups, segments = w.shape[1], w.shape[3]
+    out_channels = weight_scales.shape[1]
+    integers = conv_integers(
+        pack_activation(x, activation_scales, groups, segments),
+        w,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        out_size=out_size,
+        in_channels_per_segment=x.shape[1] // (groups * segments),
+        out_channels=out_channels,
+    ).astype(np.float32)
+    if out is None:
+        out = np.empty((x.shape[0], *out_size, out_channels), np.float32)
+    out[...] = 0 if bias is None else bias
+    for s in range(segments):
+        for i, weight_scale in enumerate(weight_scales[:, :, s]):
+            for j, activation_scale in enumerate(activation_scales.T.reshape(-1, x.shape[0], 1, 1, 1)):
+                with np.errstate(invalid="ignore", over="ignore"):
+                    out += weight_scale * (activation_scale * integers[i, j, s])
+    return out
+
+
+def _signs(words: NDArray[np.uint32], channels: int) -> NDArray[np.int32]:
+    """Words ``[..., words]`` to signs -1 and +1 ``[..., channels]``."""
+    bits = (words[..., None] >> np.arange(WORD_BITS, dtype=np.uint32)) & np.uint32(1)
+    bits = bits.reshape(*words.shape[:-1], words.shape[-1] * WORD_BITS)[..., :channels]
+    return 1 - 2 * bits.astype(np.int32)
+
+
+def _weight_signs(w: NDArray[np.uint32], channels: int, out_channels: int) -> NDArray[np.int32]:
+    """Weights in the kernels' layout to signs ``[k, groups, out_channels / groups, kh, kw, segments, channels]``."""
+    k, groups, blocks, segments, kernel_h, kernel_w, _, _ = w.shape
+    signs = _signs(w.transpose(0, 1, 2, 7, 4, 5, 3, 6), channels)
+    signs = signs.reshape(k, groups, blocks * LANES, kernel_h, kernel_w, segments, channels)
+    return signs[:, :, : out_channels // groups]

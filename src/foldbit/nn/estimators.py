@@ -1,0 +1,107 @@
+"""Gradients through sign.
+
+The gradient of a sum of scaled signs is zero almost everywhere. A straight-through estimator replaces it
+by a window: how much of the output's gradient an input gets, given its value x and the scales v.
+
+==============  ==========================================================  =============================
+name            window                                                      source
+==============  ==========================================================  =============================
+``identity``    1                                                           Bengio et al. 2013
+``clipped``     1 where |x| ≤ 1, else 0                                     the paper's code; Hubara 2016
+``scaled``      1 where |x| ≤ limit, else 0; the limit is the clamp, or     the same, in units of the data
+                3·v1 without one
+``polynomial``  Σ_i max(0, 1 − |r_i| / 2v_i), r_i the residual that plane   Bi-Real net (Liu et al. 2018),
+                i takes the sign of                                         stretched to each plane's scale
+==============  ==========================================================  =============================
+
+``clipped`` is absolute: activations much wider than 1 lose most of their gradients to it. The polynomial
+is the derivative of Bi-Real's piecewise quadratic, which runs from −v to v over [−2v, 2v]; at v = ½ it is
+v·(2 − 2|x|) on [−1, 1], as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldbit.core import folding
+
+# (x, scales [k, ...] that broadcast against x, clamp) -> window, broadcastable against x
+Estimator = Callable[[Tensor, Tensor, float | None], Tensor]
+
+
+def identity(x: Tensor, scales: Tensor, clamp: float | None) -> Tensor:
+    """Every input gets the whole gradient."""
+    return x.new_ones(())
+
+
+def clipped(x: Tensor, scales: Tensor, clamp: float | None) -> Tensor:
+    """Inputs beyond ±1 get none."""
+    return x.abs() <= 1
+
+
+def scaled(x: Tensor, scales: Tensor, clamp: float | None) -> Tensor:
+    """Inputs beyond the clamp, or beyond three times the first scale, get none."""
+    return x.abs() <= (3 * scales[0] if clamp is None else clamp)
+
+
+def polynomial(x: Tensor, scales: Tensor, clamp: float | None) -> Tensor:
+    """Inputs near a sign's threshold get most, in proportion to the sign's scale."""
+    residual = x
+    window = torch.zeros_like(x)
+    for scale, (_, signed) in zip(scales, folding.walk(x, scales), strict=True):
+        # A plane whose scale is 0 changes nothing, hence has no gradient to give.
+        reach = torch.where(scale > 0, 2 * scale, 1)
+        window = window + torch.where(scale > 0, (1 - residual.abs() / reach).clamp(min=0), 0)
+        residual = residual - signed
+    return window.to(x.dtype)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "identity": identity,
+    "clipped": clipped,
+    "scaled": scaled,
+    "polynomial": polynomial,
+}
+
+
+def get(name: str) -> Estimator:
+    """The estimator of that name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"unknown gradient estimator {name!r}; known are {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
+
+
+def straight_through(x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None = None) -> Tensor:
+    """x̂ = Σ v_i·s_i forward, the estimator's window backward.
+
+    Args:
+        x: values, already clamped.
+        scales: ``[k, ...]``, broadcastable against x plane by plane; constants to autograd.
+        estimator: the window of the gradient.
+        clamp: the clip x went through, for estimators that follow it.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return folding.approximate(x, scales)
+    out: Tensor = _StraightThrough.apply(x, scales, estimator, clamp)
+    return out
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None) -> Tensor:
+        ctx.save_for_backward(x, scales)
+        ctx.estimator, ctx.clamp = estimator, clamp
+        return folding.approximate(x, scales)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        x, scales = ctx.saved_tensors
+        return grad * ctx.estimator(x, scales, ctx.clamp), None, None, None

@@ -1,0 +1,135 @@
+"""Quantized layers: twins of torch.nn's, with the same parameters under the same names.
+
+A float checkpoint loads strictly into them, and theirs (static scales aside) into a float network. The
+forward pass quantizes the input and the weight and then does what torch.nn does; packing
+(:func:`foldbit.pack_`) turns the same layer into bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foldbit.core.config import QuantConfig
+from foldbit.nn.quantizers import ActivationQuantizer, WeightQuantizer
+
+DEFAULT_CONFIG = QuantConfig()
+
+
+class QuantConv2d(nn.Conv2d):
+    """A 2-d convolution of quantized weights and inputs.
+
+    Takes torch.nn.Conv2d's arguments, and ``config``. Padding is added after quantization, so that a
+    padded tap adds exactly nothing. Input ``[N, C, H, W]``, or ``[C, H, W]`` for a single sample.
+    """
+
+    config: QuantConfig
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _add_quantizers(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve the approximations of input and weight."""
+        return self._conv_forward(_quantize_input(self, x, 4), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv1d(nn.Conv1d):
+    """A 1-d convolution of quantized weights and inputs: :class:`QuantConv2d` along one dimension."""
+
+    config: QuantConfig
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _add_quantizers(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve the approximations of input and weight."""
+        return self._conv_forward(_quantize_input(self, x, 3), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer of quantized weights and inputs ``[N, ..., in]``.
+
+    Takes torch.nn.Linear's arguments, and ``config``. A sample is an index of the first dim.
+    """
+
+    config: QuantConfig
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+
+    def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _add_quantizers(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply the approximations of input and weight."""
+        return F.linear(_quantize_input(self, x, 2), self.weight_quantizer(self.weight), self.bias)
+
+
+QuantLayer = QuantConv2d | QuantConv1d | QuantLinear
+
+#: The twin of each float layer type.
+TWINS: dict[type[nn.Module], type[QuantConv2d] | type[QuantConv1d] | type[QuantLinear]] = {
+    nn.Conv2d: QuantConv2d,
+    nn.Conv1d: QuantConv1d,
+    nn.Linear: QuantLinear,
+}
+
+
+def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
+    """The quantized twin of a float layer. It shares the layer's parameters, mode and device.
+
+    Raises:
+        TypeError: for a layer without a twin.
+        ValueError: where the config does not fit the layer.
+    """
+    twin: QuantLayer
+    if type(layer) is nn.Linear:
+        twin = QuantLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta", config=config
+        )
+    elif type(layer) in (nn.Conv1d, nn.Conv2d):
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        twin = TWINS[type(layer)](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+            config=config,
+        )  # type: ignore[assignment]
+    else:
+        raise TypeError(
+            f"{type(layer).__name__} has no quantized twin; those that do: "
+            f"{', '.join(t.__name__ for t in TWINS)}"
+        )
+    twin.weight = layer.weight
+    twin.bias = layer.bias
+    twin.input_quantizer.to(layer.weight.device)
+    return twin.train(layer.training)
+
+
+def _add_quantizers(layer: QuantLayer, config: QuantConfig) -> None:
+    layer.config = config
+    layer.weight_quantizer = WeightQuantizer(config, layer.weight.shape[1])
+    layer.input_quantizer = ActivationQuantizer(config)
+
+
+def _quantize_input(layer: QuantLayer, x: Tensor, batched_ndim: int) -> Tensor:
+    """Quantize a batch, or a single sample as a batch of one."""
+    if x.ndim >= batched_ndim:
+        quantized: Tensor = layer.input_quantizer(x)
+        return quantized
+    return layer.input_quantizer(x.unsqueeze(0)).squeeze(0)

@@ -1,0 +1,125 @@
+"""Weight and activation quantizers: a scheme, a granularity, and static or dynamic scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldbit.core import axes, folding, schemes, solvers
+from foldbit.core.config import QuantConfig
+from foldbit.nn import estimators
+
+
+class WeightQuantizer:
+    """Quantizes weights ``[out, in, *kernel]``, afresh at every call, so that scales are never stale.
+
+    Args:
+        config: its weight fields say how.
+        channels: input channels that an output channel sees.
+
+    Raises:
+        ValueError: where the group size does not divide the channels, or the estimator is unknown.
+    """
+
+    def __init__(self, config: QuantConfig, channels: int) -> None:
+        self.scheme = schemes.parse(config.weight)
+        self.granularity = config.granularity
+        self.estimator = estimators.get(config.weight_estimator)
+        self.segments = 1
+        if config.group_size is not None:
+            if channels % config.group_size:
+                raise ValueError(
+                    f"group_size {config.group_size} does not divide the {channels} input channels that an "
+                    "output channel sees; pick a divisor or another granularity"
+                )
+            self.segments = channels // config.group_size
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The weight's approximation, differentiable through the estimator."""
+        if self.scheme.is_float:
+            return weight
+        segmented, dims = self._segmented(weight)
+        spread = axes.spread(solvers.solve(segmented, self.scheme, dims), segmented.shape, dims)
+        return estimators.straight_through(segmented, spread, self.estimator).reshape(weight.shape)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What packing keeps: planes ``[k, out, in, *kernel]``, scales ``[k, out, segments]``."""
+        segmented, dims = self._segmented(weight)
+        quantized = folding.quantize(segmented, self.scheme, dims)
+        scales = quantized.scales.movedim(-1, 0).reshape(self.scheme.planes, -1, self.segments)
+        return quantized.planes.reshape(-1, *weight.shape), scales.expand(-1, len(weight), -1)
+
+    def _segmented(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The weight as ``[out, segments, in/segments, *kernel]``, and the dims that share scales."""
+        segmented = weight.unflatten(1, (self.segments, -1))
+        first = 0 if self.granularity == "tensor" else 2
+        return segmented, tuple(range(first, segmented.ndim))
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes a layer's input.
+
+    Dynamic scales are solved for every input: one set a sample (dim 0) or one a tensor. Static scales are
+    running statistics: training uses the batch's own scales and averages them into ``running_scales``;
+    evaluation uses the average, or the input's own scales as long as nothing has been seen yet.
+
+    Args:
+        config: its activation fields say how.
+        momentum: the weight of the newest batch in the running scales.
+    """
+
+    running_scales: Tensor
+
+    def __init__(self, config: QuantConfig, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.scheme = schemes.parse(config.activation)
+        self.clamp = config.clamp
+        self.per_sample = config.activation_granularity == "sample" and config.activation_scales == "dynamic"
+        self.static = config.activation_scales == "static" and not self.scheme.is_float
+        self.momentum = momentum
+        self.estimator = estimators.get(config.activation_estimator)
+        self.seen = False
+        if self.static:
+            self.register_buffer("running_scales", torch.zeros(self.scheme.planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input's approximation ``[N, ...]``, differentiable through clamp and estimator."""
+        if self.scheme.is_float:
+            return x
+        if self.clamp is not None:
+            x = x.clamp(-self.clamp, self.clamp)
+        spread = self._spread(x)
+        return estimators.straight_through(x, spread, self.estimator, self.clamp)
+
+    def extra_repr(self) -> str:
+        """The scheme and where its scales come from."""
+        if self.scheme.is_float:
+            return "fp"
+        source = "static" if self.static else f"dynamic per {'sample' if self.per_sample else 'tensor'}"
+        return f"{self.scheme}, {source}, clamp={self.clamp}"
+
+    def _spread(self, x: Tensor) -> Tensor:
+        if self.static and self.seen and not self.training:
+            return axes.spread(self.running_scales.to(x.dtype), x.shape, axes.normalize(x.ndim, None))
+        dims = axes.normalize(x.ndim, range(1, x.ndim) if self.per_sample else None)
+        scales = solvers.solve(x, self.scheme, dims)
+        if self.static and self.training:
+            self._remember(scales)
+        return axes.spread(scales, x.shape, dims)
+
+    @torch.no_grad()
+    def _remember(self, scales: Tensor) -> None:
+        self.running_scales.lerp_(scales.to(self.running_scales.dtype), self.momentum if self.seen else 1.0)
+        self.seen = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float checkpoint knows no running scales, and loading it strictly must work: none are seen then.
+        key = prefix + "running_scales"
+        if self.static and key not in state_dict:
+            state_dict[key] = torch.zeros_like(self.running_scales)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.static:
+            self.seen = bool(self.running_scales.any())

@@ -1,0 +1,221 @@
+"""Packed layers: bits and scales instead of float weights, bitwise kernels instead of float products.
+
+A packed layer computes what its quantized twin computes in evaluation. The integers are exact, so the two
+differ by float rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foldbit.core import folding, schemes, solvers
+from foldbit.kernels import layout
+from foldbit.packed import ops
+from foldbit.packed.spec import LayerSpec
+
+
+class PackedLayer(nn.Module):
+    """What all packed layers share; use :class:`PackedConv2d`, :class:`PackedConv1d`, :class:`PackedLinear`.
+
+    A packed layer is for inference on the CPU and is not differentiable. With a float input (activation
+    scheme ``fp``) the weight is stored in bits and unpacked at every call: small, not fast.
+
+    Attributes:
+        spec: kind, geometry and quantization.
+        planes: the weight's sign planes, ``uint8 [k, out, kh, kw, ceil(in/8)]``.
+        scales: their scales, ``float32 [k, out]``, or ``[k, out, segments]`` when scaled by group.
+        bias: ``float32 [out]`` or None.
+        activation_scales: the input's scales ``float32 [k]`` where they are static, else None.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    activation_scales: Tensor | None
+    words: Tensor
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        stored = spec.tensors()
+        for name in ("planes", "scales", "bias", "activation_scales"):
+            dtype, shape = stored.get(name, (None, ()))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in stored else None)
+        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
+        self.register_load_state_dict_post_hook(PackedLayer._lay_out)
+
+    @classmethod
+    def from_codes(
+        cls,
+        spec: LayerSpec,
+        planes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        activation_scales: Tensor | None,
+    ) -> PackedLayer:
+        """Pack a layer.
+
+        Args:
+            spec: kind, geometry and quantization.
+            planes: boolean ``[k, out, in/groups, *kernel]``, True where negative.
+            scales: ``[k, out, segments]``.
+            bias: ``[out]`` or None.
+            activation_scales: ``[k]`` where the input's scales are static, else None.
+        """
+        layer = _KINDS[spec.kind](spec)
+        bits = planes.reshape(*planes.shape[:2], spec.channels, *spec.kernel_size).movedim(2, -1)
+        state = {
+            "planes": torch.from_numpy(layout.pack_bits(bits.cpu().numpy())),
+            "scales": scales.float().reshape(layer.scales.shape),
+        }
+        if bias is not None:
+            state["bias"] = bias.detach().float()
+        if activation_scales is not None:
+            state["activation_scales"] = activation_scales.float()
+        layer.load_state_dict(state)
+        return layer.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, in the dtype of x."""
+        images = self._as_images(x)
+        y = self._float_conv(images) if self.spec.activation_planes == 0 else self._bitwise_conv(images)
+        return self._from_images(y, x).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Quantization and geometry."""
+        s = self.spec
+        return (
+            f"{s.config.name}, {s.in_channels}, {s.out_channels}, kernel_size={s.kernel_size}, "
+            f"stride={s.stride}, padding={s.padding}, dilation={s.dilation}, groups={s.groups}, bias={s.bias}"
+        )
+
+    def weight(self) -> Tensor:
+        """The approximated weight, float32 ``[out, in/groups, kh, kw]``."""
+        spec = self.spec
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.planes.device)
+        bits = (self.planes.unsqueeze(-1) >> shifts) & 1
+        negative = bits.flatten(-2)[..., : spec.channels].bool()  # [k, out, kh, kw, in/groups]
+        segmented = negative.unflatten(-1, (spec.segments, -1))
+        scales = self.scales.float().reshape(spec.weight_planes, spec.out_channels, 1, 1, spec.segments, 1)
+        signed = torch.where(segmented, -scales, scales)
+        return signed.sum(0).flatten(-2).movedim(-1, 1)
+
+    def _bitwise_conv(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.config.clamp is not None:
+            x = x.clamp(-spec.config.clamp, spec.config.clamp)
+        scales = self._scales_of(x).float().expand(len(x), -1)
+        out_size = spec.out_size(x.shape[2], x.shape[3])
+        x, padding = self._pad(x.float())
+        return ops.packed_conv(
+            x,
+            self.words,
+            self.scales.float().reshape(spec.weight_planes, spec.out_channels, spec.segments),
+            scales,
+            None if self.bias is None else self.bias.float(),
+            spec.stride,
+            padding[::2],  # top and left; the other two follow from the size
+            spec.dilation,
+            out_size,
+        )
+
+    def _scales_of(self, x: Tensor) -> Tensor:
+        """The input's scales, ``[N, k]`` or ``[1, k]``."""
+        if self.activation_scales is not None:
+            return self.activation_scales.unsqueeze(0)
+        scheme = schemes.parse(self.spec.config.activation)
+        if self.spec.config.activation_granularity == "sample":
+            return solvers.solve(x, scheme, tuple(range(1, x.ndim)))
+        return solvers.solve(x, scheme, None).unsqueeze(0)
+
+    def _float_conv(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        x, (top, bottom, left, right) = self._pad(x)
+        x = F.pad(x, (left, right, top, bottom))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight().to(x.dtype), bias, spec.stride, 0, spec.dilation, spec.groups)
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Pad with values where the padding mode asks for values; say what zero padding is left to do."""
+        if self.spec.padding_mode == "zeros":
+            return x, self.spec.padding
+        top, bottom, left, right = self.spec.padding
+        return F.pad(x, (left, right, top, bottom), mode=self.spec.padding_mode), (0, 0, 0, 0)
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        """View the input as ``[N, C, H, W]``."""
+        raise NotImplementedError
+
+    def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        """View the output ``[N, out, OH, OW]`` in the rank of the input x."""
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor, ranks: tuple[int, ...], channel_dim: int, expected: str) -> None:
+        if x.ndim not in ranks or x.shape[channel_dim] != self.spec.in_channels:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(x.shape)}; expected {expected} "
+                f"with C = {self.spec.in_channels}"
+            )
+
+    @staticmethod
+    def _lay_out(layer: nn.Module, _incompatible_keys: Any) -> None:
+        """Bring the planes into the kernels' form, whenever they have been loaded."""
+        assert isinstance(layer, PackedLayer)
+        words = layout.disk_to_kernel(
+            layer.planes.cpu().numpy(),
+            layer.spec.channels,
+            groups=layer.spec.groups,
+            segments=layer.spec.segments,
+        )
+        layer.words = torch.from_numpy(words.view("int32"))
+
+
+class PackedConv2d(PackedLayer):
+    """A packed 2-d convolution. Input ``[N, C, H, W]`` or ``[C, H, W]``; the output is channels-last."""
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        self._check_input(x, (3, 4), -3, "[N, C, H, W] or [C, H, W]")
+        return x if x.ndim == 4 else x.unsqueeze(0)
+
+    def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if x.ndim == 4 else y.squeeze(0)
+
+
+class PackedConv1d(PackedLayer):
+    """A packed 1-d convolution. Input ``[N, C, L]`` or ``[C, L]``."""
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        self._check_input(x, (2, 3), -2, "[N, C, L] or [C, L]")
+        return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(2)
+
+    def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.squeeze(2) if x.ndim == 3 else y.squeeze(2).squeeze(0)
+
+
+class PackedLinear(PackedLayer):
+    """A packed linear layer. Input ``[N, ..., C]`` or ``[C]``; a sample is an index of the first dim."""
+
+    def _as_images(self, x: Tensor) -> Tensor:
+        self._check_input(x, tuple(range(1, max(x.ndim, 1) + 1)), -1, "[N, ..., C] or [C]")
+        samples = x.shape[0] if x.ndim > 1 else 1
+        places = x.shape[1:-1].numel() if x.ndim > 1 else 1
+        return x.reshape(samples, places, x.shape[-1]).transpose(1, 2).unsqueeze(3)
+
+    def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], self.spec.out_channels)
+
+
+_KINDS: dict[str, type[PackedLayer]] = {
+    "conv2d": PackedConv2d,
+    "conv1d": PackedConv1d,
+    "linear": PackedLinear,
+}
+
+
+def empty(spec: LayerSpec) -> PackedLayer:
+    """A packed layer of that spec, all zeros: load a state into it."""
+    return _KINDS[spec.kind](spec)
