@@ -72,7 +72,7 @@ def _runs_native(rows: Tensor) -> bool:
         rows.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(rows) in (Tensor, torch.nn.Parameter)
-        and native.has_solvers() and hasattr(native._native,'solve_rows')
+        and native.has_solvers()
     )
 
 

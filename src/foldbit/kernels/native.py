@@ -177,8 +177,8 @@ def _choose(name: str) -> None:
 
 def _why_missing() -> str:
     return (
-        f"foldbit's compiled core could not be loaded ({_load_error}). Reinstall foldbit with a C++17 compiler "
-        f"at hand, or choose the slow NumPy kernels with {VARIABLE}={REFERENCE}."
+        f"foldbit's compiled core could not be loaded ({_load_error}). Reinstall foldbit with a C++17 "
+        f"compiler at hand, or choose the slow NumPy kernels with {VARIABLE}={REFERENCE}."
     )
 
 

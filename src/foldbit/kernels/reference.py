@@ -35,7 +35,7 @@ def pack_activation(
     n, c, h, w = x.shape
     residual = x.transpose(0, 2, 3, 1).reshape(n, h, w, groups * segments, c // (groups * segments))
     planes = []
-    for v in scales.T.reshape(-1, n, 1, 1, 1, 1):
+    for v in scales.T[..., None, None, None, None]:
         negative = residual < 0
         planes.append(bits_to_words(negative))
         with np.errstate(invalid="ignore", over="ignore"):
@@ -69,10 +69,13 @@ def conv_integers(
     """
     weight_planes, groups, _, segments, kernel_h, kernel_w, _, _ = w.shape
     planes, n, height, width, _, _ = a.shape
-    signs = _signs(a, in_channels_per_segment).reshape(planes, n, height, width, groups, segments, -1)
-    weights = _weight_signs(w, in_channels_per_segment, out_channels)
+    channels = in_channels_per_segment
+    signs = _signs(a, channels).reshape(planes, n, height, width, groups, segments, channels)
+    weights = _weight_signs(w, channels, out_channels)
     out_h, out_w = out_size
-    out = np.zeros((weight_planes, planes, segments, n, out_h, out_w, groups, out_channels // groups), np.int32)
+    out = np.zeros(
+        (weight_planes, planes, segments, n, out_h, out_w, groups, out_channels // groups), np.int32
+    )
     for ky in range(kernel_h):
         ys = np.arange(out_h) * stride[0] - padding[0] + ky * dilation[0]
         for kx in range(kernel_w):
@@ -133,7 +136,7 @@ def conv(
     out[...] = 0 if bias is None else bias
     for s in range(segments):
         for i, weight_scale in enumerate(weight_scales[:, :, s]):
-            for j, activation_scale in enumerate(activation_scales.T.reshape(-1, x.shape[0], 1, 1, 1)):
+            for j, activation_scale in enumerate(activation_scales.T[..., None, None, None]):
                 with np.errstate(invalid="ignore", over="ignore"):
                     out += weight_scale * (activation_scale * integers[i, j, s])
     return out
@@ -147,7 +150,7 @@ def _signs(words: NDArray[np.uint32], channels: int) -> NDArray[np.int32]:
 
 
 def _weight_signs(w: NDArray[np.uint32], channels: int, out_channels: int) -> NDArray[np.int32]:
-    """Weights in the kernels' layout to signs ``[k, groups, out_channels / groups, kh, kw, segments, channels]``."""
+    """Kernel-layout weights to signs ``[k, groups, out_channels / groups, kh, kw, segments, channels]``."""
     k, groups, blocks, segments, kernel_h, kernel_w, _, _ = w.shape
     signs = _signs(w.transpose(0, 1, 2, 7, 4, 5, 3, 6), channels)
     signs = signs.reshape(k, groups, blocks * LANES, kernel_h, kernel_w, segments, channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
@@ -51,3 +52,13 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 def architecture_of(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """Name and arguments of a model that :func:`create` built, or None."""
     return getattr(model, _MARK, None)
+
+
+def float_layers(model: nn.Module) -> dict[str, None]:
+    """Layers that the model's author wants left float, as overrides for ``foldbit.quantize_``.
+
+    A model says so with an attribute ``float_layers``, names or shell-style patterns.
+    """
+    names = [name for name, _ in model.named_modules()]
+    patterns = getattr(model, "float_layers", ())
+    return {p: None for p in patterns if any(fnmatchcase(name, p) for name in names)}

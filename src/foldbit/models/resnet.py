@@ -4,7 +4,7 @@ A regular block is conv → BN → ReLU, conv → BN, with one shortcut around b
 before it quantizes, BN → (clamp → quantize →) conv → nonlinearity, and has a shortcut around every
 convolution (Bi-Real net, Liu et al. 2018; Pouransari et al., arXiv 2001.02786, section 5). Both are plain
 float networks: ``foldbit.quantize_`` puts the quantizers in. The 1x1 convolutions of the shortcuts, the
-stem and the classifier are meant to stay float (:data:`FLOAT_LAYERS`).
+stem and the classifier are meant to stay float.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from foldbit.models.registry import register
-
-#: Patterns of the layers that stay float beside the first and the last, for ``quantize_``'s overrides.
-FLOAT_LAYERS: dict[str, None] = {"*.shortcut.*": None}
 
 Nonlinearity = Literal["relu", "prelu", "none"]
 Block = Literal["regular", "xnor"]
@@ -37,6 +34,8 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         num_classes: outputs.
     """
+
+    float_layers = ("*.shortcut.*",)  # beside the first and the last, which quantize_ leaves by itself
 
     def __init__(
         self,

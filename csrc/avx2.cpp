@@ -1,0 +1,112 @@
+// AVX2: popcount by table lookup. A byte shuffle looks up the bits of 32 nibbles at once; the counts stay in
+// bytes while they fit.
+
+#include <immintrin.h>
+
+#include "kernel_conv.h"
+#include "kernel_pack.h"
+
+namespace foldbit {
+namespace {
+
+struct Avx2 {
+  struct Words {
+    __m256i half[2];
+  };
+  using Counts = Words;
+  using Ints = Words;
+  struct Floats {
+    __m256 half[2];
+  };
+  static constexpr int kRoom = 31;  // a byte counts up to 8 bits a call: 31 * 8 < 256
+  static constexpr int kBlocks = 1;
+  static constexpr int kAccumulators = 4;  // of 2 registers each, of 16
+
+  static Words both(__m256i v) { return {{v, v}}; }
+  static __m256i load_half(const void* p, int i) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p) + i);
+  }
+  static void store_halves(void* p, const Words& w) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), w.half[0]);
+    _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, w.half[1]);
+  }
+
+  static Words no_words() { return both(_mm256_setzero_si256()); }
+  static Words load(const uint32_t* p) { return {{load_half(p, 0), load_half(p, 1)}}; }
+  static Words broadcast(uint32_t word) { return both(_mm256_set1_epi32(static_cast<int>(word))); }
+  static void store(uint32_t* p, const Words& w) { store_halves(p, w); }
+
+  static __m256i popcount_bytes(__m256i v) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i low = _mm256_and_si256(v, nibble);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
+    return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
+  }
+  static Counts no_counts() { return no_words(); }
+  static Counts count(Counts c, const Words& a, const Words& w) {
+    for (int i = 0; i < 2; ++i)
+      c.half[i] = _mm256_add_epi8(c.half[i], popcount_bytes(_mm256_xor_si256(a.half[i], w.half[i])));
+    return c;
+  }
+
+  static Ints no_ints() { return no_words(); }
+  static Ints widen(Ints sum, const Counts& c) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i pairs = _mm256_maddubs_epi16(c.half[i], _mm256_set1_epi8(1));
+      sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    return sum;
+  }
+  static Ints matches(int32_t k, Ints c) {
+    for (auto& half : c.half) half = _mm256_sub_epi32(_mm256_set1_epi32(k), _mm256_add_epi32(half, half));
+    return c;
+  }
+  static void store(int32_t* p, const Ints& i) { store_halves(p, i); }
+  static Floats to_float(const Ints& i) {
+    return {{_mm256_cvtepi32_ps(i.half[0]), _mm256_cvtepi32_ps(i.half[1])}};
+  }
+
+  static Floats load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+  static Floats broadcast(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
+  static Floats add(const Floats& a, const Floats& b) {
+    return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
+  }
+  static Floats mul(const Floats& a, const Floats& b) {
+    return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
+  }
+  static void store(float* p, const Floats& f) {
+    _mm256_storeu_ps(p, f.half[0]);
+    _mm256_storeu_ps(p + 8, f.half[1]);
+  }
+
+  // All bits set in the lanes that are negative.
+  static __m256 below_zero(__m256 r) { return _mm256_cmp_ps(r, _mm256_setzero_ps(), _CMP_LT_OQ); }
+  static uint32_t negative(const Floats& r) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(below_zero(r.half[0])) |
+                                 _mm256_movemask_ps(below_zero(r.half[1])) << 8);
+  }
+  static Floats residual(Floats r, const Floats& v) {
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f);
+    for (int i = 0; i < 2; ++i) {
+      const __m256 sign = _mm256_and_ps(below_zero(r.half[i]), sign_bit);
+      r.half[i] = _mm256_sub_ps(r.half[i], _mm256_xor_ps(v.half[i], sign));
+    }
+    return r;
+  }
+  static Words mark(Words w, const Floats& r, uint32_t bit) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(bit));
+    for (int i = 0; i < 2; ++i) {
+      const __m256i where = _mm256_castps_si256(below_zero(r.half[i]));
+      w.half[i] = _mm256_or_si256(w.half[i], _mm256_and_si256(where, bits));
+    }
+    return w;
+  }
+};
+
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2", kAvx2, pack_row<Avx2>, conv_row<Avx2>};
+
+}  // namespace foldbit

@@ -1,0 +1,87 @@
+// The kernels' interface: raw pointers and sizes. Knows neither Python nor torch.
+//
+// A value is kept as sign planes, a set bit meaning negative. The dot product of two planes of K signs is
+// K - 2 * popcount(a xor b); everything here computes sums of such products over convolution windows.
+// Layouts, described in src/foldbit/kernels/layout.py:
+//   activations  uint32 [planes, images, height, width, runs, words],  runs = groups * segments
+//   weights      uint32 [planes, groups, blocks, segments, kernel_h, kernel_w, words, kLanes]
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace foldbit {
+
+constexpr int kWordBits = 32;
+constexpr int kLanes = 16;     // output channels side by side in a block
+constexpr int kMaxPlanes = 8;  // of activations or of weights
+
+// Fold float values into planes: bit = r < 0, then r -= bit ? -scale : scale, for one scale after another.
+struct Pack {
+  const float* x;
+  int64_t images, channels, height, width;
+  int64_t stride_image, stride_channel, stride_y, stride_x;  // in floats, any value
+  const float* scales;                                       // [images, planes]
+  int planes;
+  int64_t runs, words;  // a run is channels / runs channels, in words of its own
+  uint32_t* out;        // [planes, images, height, width, runs, words]
+};
+
+// A convolution over packed planes. It writes the integers if asked for them, otherwise floats:
+//   out[n, y, x, o] = bias[o] + sum over s, i, j of
+//                     weight_scales[i, o, s] * (activation_scales[n, j] * integer[i, j, s, n, y, x, o])
+// with the additions made in that order: one result on every instruction set and any number of threads.
+struct Conv {
+  int64_t images, height, width;
+  int64_t out_height, out_width, out_channels;
+  int64_t groups, blocks, segments, words;
+  int64_t channels;  // of one segment
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int weight_planes, activation_planes;
+
+  const uint32_t* activations;
+  int64_t activation_plane;  // words from one plane to the next
+  const uint32_t* weights;
+
+  int32_t* integers;  // [weight_planes, activation_planes, segments, images, out_h, out_w, out_channels]
+
+  float* out;                      // [images, out_h, out_w, out_channels]
+  const float* weight_scales;      // [weight_planes, groups, blocks, segments, kLanes]
+  const float* bias;               // [groups, blocks, kLanes]
+  const float* activation_scales;  // [images, activation_planes]
+  int64_t scale_step;              // floats from one pixel's activation scales to the next one's: 0, unless
+                                   // images were laid side by side as the pixels of one row
+};
+
+// What one instruction set offers. A kernel works on a piece, so that the pieces can go to threads.
+struct Kernels {
+  const char* name;
+  uint32_t required;  // Features the CPU must have
+  // Pixels [begin, end) of row y of an image.
+  void (*pack)(const Pack&, int64_t image, int64_t y, int64_t begin, int64_t end);
+  // Output pixels [begin, end) of output row y of an image.
+  void (*conv)(const Conv&, int64_t image, int64_t y, int64_t begin, int64_t end);
+};
+
+enum Features : uint32_t { kAvx2 = 1, kAvx512F = 2, kAvx512Vpopcntdq = 4 };
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels;    // only where the build has FOLDBIT_X86
+extern const Kernels avx512_kernels;  // only where the build has FOLDBIT_X86
+
+// dispatch.cpp: which kernels run. The best this machine has, unless another is forced.
+std::vector<const Kernels*> runnable_kernels();  // worst first
+const Kernels& current_kernels();
+bool force_kernels(const char* name);  // false where this machine cannot run it
+
+// operations.cpp: whole tensors, shared among threads.
+void pack_activation(const Pack& pack, int threads);
+void conv_integers(const Conv& conv, int threads);
+
+// Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
+// and `conv` the fields that point to scratch or to repacked scales are filled in here.
+//   weight_scales [weight_planes, out_channels, segments];  bias [out_channels] or null
+void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
+                int threads);
+
+}  // namespace foldbit

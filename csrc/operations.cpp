@@ -1,0 +1,137 @@
+// Whole tensors: cuts operations into pieces, gives the pieces to threads, and keeps the scratch memory.
+
+#include <algorithm>
+#include <vector>
+
+#include "foldbit.h"
+#include "threads.h"
+
+namespace foldbit {
+namespace {
+
+constexpr int64_t kPackValues = 8192;       // floats packed in one piece: a few microseconds
+constexpr int64_t kConvPixels = 64;         // output pixels of one piece, at most
+constexpr int64_t kScratchWords = 1 << 18;  // 1 MiB of packed activations at a time, or one image
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Call body(image, y, begin, end) for pieces of rows that hold at most `pixels` pixels.
+template <class Body>
+void for_pieces(int64_t images, int64_t height, int64_t width, int64_t pixels, int threads,
+                const Body& body) {
+  const int64_t pieces = ceil_div(width, pixels);
+  parallel_for(images * height * pieces, threads, [&](int64_t task) {
+    const int64_t row = task / pieces, begin = task % pieces * pixels;
+    body(row / height, row % height, begin, std::min(begin + pixels, width));
+  });
+}
+
+void run_pack(Pack pack, int threads) {
+  if (pack.stride_y == pack.width * pack.stride_x) {  // an image is one long row
+    pack.width *= pack.height;
+    pack.height = 1;
+  }
+  const int64_t pixels = ceil_div(kPackValues / pack.channels + 1, kLanes) * kLanes;
+  const Kernels& kernels = current_kernels();
+  for_pieces(pack.images, pack.height, pack.width, pixels, threads,
+             [&](int64_t image, int64_t y, int64_t begin, int64_t end) {
+               kernels.pack(pack, image, y, begin, end);
+             });
+}
+
+void run_conv(Conv conv, int threads) {
+  const bool pixelwise = conv.kernel_h * conv.kernel_w == 1 && conv.stride_h * conv.stride_w == 1 &&
+                         conv.pad_top + conv.pad_left == 0 && conv.out_height == conv.height &&
+                         conv.out_width == conv.width;
+  if (pixelwise) {  // an image is one long row
+    conv.width = conv.out_width = conv.height * conv.width;
+    conv.height = conv.out_height = 1;
+    if (conv.width == 1) {  // and so is a batch of single pixels, such as a linear layer's
+      conv.width = conv.out_width = conv.images;
+      conv.images = 1;
+      conv.scale_step = conv.activation_planes;
+    }
+  }
+  const Kernels& kernels = current_kernels();
+  for_pieces(conv.images, conv.out_height, conv.out_width, kConvPixels, threads,
+             [&](int64_t image, int64_t y, int64_t begin, int64_t end) {
+               kernels.conv(conv, image, y, begin, end);
+             });
+}
+
+// Kept by each calling thread, so that a network's layers reuse one another's memory.
+template <class T>
+struct Scratch {
+  std::vector<T> memory;
+
+  T* at_least(int64_t size) {
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+    return memory.data();
+  }
+  void shrink_to(int64_t size) {
+    if (static_cast<int64_t>(memory.size()) > size) std::vector<T>().swap(memory);
+  }
+};
+
+// [planes, out_channels, segments] to [planes, groups, blocks, segments, kLanes]; unused lanes are 0.
+void scales_by_block(const Conv& conv, const float* scales, float* out) {
+  const int64_t per_group = conv.out_channels / conv.groups;
+  for (int64_t plane = 0; plane < conv.weight_planes; ++plane)
+    for (int64_t group = 0; group < conv.groups; ++group)
+      for (int64_t block = 0; block < conv.blocks; ++block)
+        for (int64_t segment = 0; segment < conv.segments; ++segment)
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            const int64_t channel = block * kLanes + lane;
+            const int64_t row = plane * conv.out_channels + group * per_group + channel;
+            *out++ = channel < per_group ? scales[row * conv.segments + segment] : 0.0f;
+          }
+}
+
+}  // namespace
+
+void pack_activation(const Pack& pack, int threads) { run_pack(pack, threads); }
+
+void conv_integers(const Conv& conv, int threads) { run_conv(conv, threads); }
+
+void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
+                int threads) {
+  thread_local Scratch<uint32_t> planes;
+  thread_local Scratch<float> scales;
+
+  const int64_t lanes = conv.groups * conv.blocks * kLanes;
+  const int64_t scale_count = conv.weight_planes * conv.segments * lanes;
+  float* weight_scales_by_block = scales.at_least(scale_count + lanes);
+  float* bias_by_block = weight_scales_by_block + scale_count;
+  scales_by_block(conv, weight_scales, weight_scales_by_block);
+  Conv one_value_a_channel = conv;  // which is what the bias is
+  one_value_a_channel.weight_planes = 1;
+  one_value_a_channel.segments = 1;
+  if (bias)
+    scales_by_block(one_value_a_channel, bias, bias_by_block);
+  else
+    std::fill_n(bias_by_block, lanes, 0.0f);
+
+  const int64_t image_words = pack.planes * pack.height * pack.width * pack.runs * pack.words;
+  const int64_t at_once = std::max<int64_t>(1, kScratchWords / std::max<int64_t>(1, image_words));
+  for (int64_t first = 0; first < conv.images; first += at_once) {
+    Pack p = pack;
+    p.images = std::min(at_once, conv.images - first);
+    p.x += first * pack.stride_image;
+    p.scales += first * pack.planes;
+    p.out = planes.at_least(p.images * image_words);
+    run_pack(p, threads);
+
+    Conv c = conv;
+    c.images = p.images;
+    c.activations = p.out;
+    c.activation_plane = p.images * image_words / pack.planes;
+    c.weight_scales = weight_scales_by_block;
+    c.bias = bias_by_block;
+    c.activation_scales = p.scales;
+    c.out += first * conv.out_height * conv.out_width * conv.out_channels;
+    run_conv(c, threads);
+  }
+  planes.shrink_to(kScratchWords);
+}
+
+}  // namespace foldbit

@@ -1,0 +1,299 @@
+// The Python module foldbit._native: checks what it is given, releases the GIL, calls the operations.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "foldbit.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace foldbit {
+
+void bind_solve(nb::module_& m);  // python_solve.cpp
+
+namespace {
+
+using Array = nb::ndarray<nb::ro>;
+using OptionalArray = std::optional<Array>;
+using Pair = std::pair<int64_t, int64_t>;
+using Shape = std::vector<int64_t>;
+
+// ---------------------------------------------------------------------------------------------------------
+// Checks. Each error says what was given and what was expected.
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::string message;
+  const auto append = [&](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>)
+      message += std::to_string(part);
+    else
+      message += part;
+  };
+  (append(parts), ...);
+  throw nb::value_error(message.c_str());
+}
+
+std::string show(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i)
+    text += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+  return text + "]";
+}
+
+std::string show(nb::dlpack::dtype type) {
+  static const char* const names[] = {"int", "uint", "float"};
+  return (type.code < 3 ? names[type.code] : "type") + std::to_string(type.bits);
+}
+
+template <class Any>
+Shape shape_of(const Any& array) {
+  Shape shape;
+  for (size_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<int64_t>(array.shape(i)));
+  return shape;
+}
+
+// A CPU array of T with this shape; -1 is any size.
+template <class T, class Any>
+void require_array(const char* name, const Any& array, const char* axes, const Shape& expected) {
+  const Shape shape = shape_of(array);
+  bool fits = array.dtype() == nb::dtype<T>() && array.device_type() == nb::device::cpu::value &&
+              shape.size() == expected.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = expected[i] < 0 || shape[i] == expected[i];
+  require(fits, name, " must be a ", show(nb::dtype<T>()), " CPU array [", axes, "] of shape ",
+          show(expected), ", got ", show(array.dtype()), " ", show(shape));
+}
+
+template <class T, class Any>
+T* dense(const char* name, const Any& array, const char* axes, const Shape& expected) {
+  require_array<std::remove_const_t<T>>(name, array, axes, expected);
+  int64_t stride = 1;
+  for (size_t i = array.ndim(); i-- > 0; stride *= static_cast<int64_t>(array.shape(i)))
+    require(array.size() == 0 || array.shape(i) == 1 || array.stride(i) == stride, name,
+            " must be C-contiguous in memory as [", axes, "]; copy it first (numpy.ascontiguousarray)");
+  return static_cast<T*>(const_cast<void*>(static_cast<const void*>(array.data())));
+}
+
+void require_pair(const char* name, const Pair& pair, int64_t least) {
+  require(std::min(pair.first, pair.second) >= least && std::max(pair.first, pair.second) <= INT32_MAX, name,
+          " must be two integers of at least ", least, ", got (", pair.first, ", ", pair.second, ")");
+}
+
+int64_t dim(const Array& array, size_t i) { return static_cast<int64_t>(array.shape(i)); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Results
+
+// A new NumPy array, not yet filled.
+template <class T>
+struct NewArray {
+  explicit NewArray(const Shape& shape) {
+    size_t size = 1;
+    for (const int64_t extent : shape) {
+      if (extent && size > PTRDIFF_MAX / sizeof(T) / static_cast<size_t>(extent)) throw std::bad_alloc();
+      size *= static_cast<size_t>(extent);
+      extents.push_back(static_cast<size_t>(extent));
+    }
+    memory.reset(new T[size]);
+  }
+
+  nb::object release() {
+    T* data = memory.release();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, T>(data, extents.size(), extents.data(), owner));
+  }
+
+  std::unique_ptr<T[]> memory;
+  std::vector<size_t> extents;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Operations
+
+constexpr const char* kWeightAxes = "planes, groups, blocks, segments, kernel_h, kernel_w, words, 16";
+
+Pack make_pack(const Array& x, const Array& scales, const char* scales_name, int64_t runs) {
+  require_array<float>("x", x, "N, C, H, W", {-1, -1, -1, -1});
+  const float* scale_data = dense<const float>(scales_name, scales, "N, planes", {dim(x, 0), -1});
+  const int64_t planes = dim(scales, 1), channels = dim(x, 1);
+  require(1 <= planes && planes <= kMaxPlanes, scales_name, " must hold 1 to ", kMaxPlanes, " scales, got ",
+          planes);
+  require(channels >= 1 && runs >= 1 && channels % runs == 0, "groups * segments = ", runs,
+          " must divide the channels of x, got ", channels);
+  Pack pack{};
+  pack.x = static_cast<const float*>(x.data());
+  pack.images = dim(x, 0);
+  pack.channels = channels;
+  pack.height = dim(x, 2);
+  pack.width = dim(x, 3);
+  pack.stride_image = x.stride(0);
+  pack.stride_channel = x.stride(1);
+  pack.stride_y = x.stride(2);
+  pack.stride_x = x.stride(3);
+  pack.scales = scale_data;
+  pack.planes = static_cast<int>(planes);
+  pack.runs = runs;
+  pack.words = (channels / runs + kWordBits - 1) / kWordBits;
+  return pack;
+}
+
+// All that the weights and the geometry say.
+Conv make_conv(const Array& w, const Pair& stride, const Pair& padding, const Pair& dilation,
+               const Pair& out_size, int64_t channels, int64_t out_channels) {
+  require_pair("stride", stride, 1);
+  require_pair("padding", padding, 0);
+  require_pair("dilation", dilation, 1);
+  require_pair("out_size", out_size, 0);
+  Conv conv{};
+  conv.weights = dense<const uint32_t>("w", w, kWeightAxes, {-1, -1, -1, -1, -1, -1, -1, kLanes});
+  conv.weight_planes = static_cast<int>(dim(w, 0));
+  conv.groups = dim(w, 1);
+  conv.blocks = dim(w, 2);
+  conv.segments = dim(w, 3);
+  conv.kernel_h = dim(w, 4);
+  conv.kernel_w = dim(w, 5);
+  conv.words = dim(w, 6);
+  require(1 <= dim(w, 0) && dim(w, 0) <= kMaxPlanes, "w must hold 1 to ", kMaxPlanes, " planes, got ",
+          dim(w, 0));
+  require(w.size() > 0, "w must not be empty, got shape ", show(shape_of(w)));
+  require(conv.words == (channels + kWordBits - 1) / kWordBits, "w has ", conv.words, " words a tap, but ",
+          channels, " input channels a segment take ", (channels + kWordBits - 1) / kWordBits);
+  require(out_channels >= 1 && out_channels % conv.groups == 0, "out channels must be a multiple of the ",
+          conv.groups, " groups, got ", out_channels);
+  require(conv.blocks == (out_channels / conv.groups + kLanes - 1) / kLanes, "w has ", conv.blocks,
+          " blocks a group, but ", out_channels, " out channels in ", conv.groups, " groups take ",
+          (out_channels / conv.groups + kLanes - 1) / kLanes);
+  require(conv.kernel_h <= INT32_MAX / conv.kernel_w / channels, "a window of ", conv.kernel_h, " x ",
+          conv.kernel_w, " x ", channels, " values does not fit 32-bit integers");
+  conv.stride_h = stride.first;
+  conv.stride_w = stride.second;
+  conv.pad_top = padding.first;
+  conv.pad_left = padding.second;
+  conv.dilation_h = dilation.first;
+  conv.dilation_w = dilation.second;
+  conv.out_height = out_size.first;
+  conv.out_width = out_size.second;
+  conv.channels = channels;
+  conv.out_channels = out_channels;
+  return conv;
+}
+
+nb::object pack_activation_py(const Array& x, const Array& scales, int64_t groups, int64_t segments,
+                              int threads) {
+  require(groups >= 1 && segments >= 1, "groups and segments must be at least 1, got ", groups, " and ",
+          segments);
+  require(threads >= 1, "threads must be at least 1, got ", threads);
+  Pack pack = make_pack(x, scales, "scales", groups * segments);
+  NewArray<uint32_t> out({pack.planes, pack.images, pack.height, pack.width, pack.runs, pack.words});
+  pack.out = out.memory.get();
+  {
+    nb::gil_scoped_release release;
+    pack_activation(pack, threads);
+  }
+  return out.release();
+}
+
+nb::object conv_integers_py(const Array& a, const Array& w, Pair stride, Pair padding, Pair dilation,
+                            Pair out_size, int64_t in_channels_per_segment, int64_t out_channels,
+                            int threads) {
+  require(threads >= 1, "threads must be at least 1, got ", threads);
+  require(in_channels_per_segment >= 1, "in_channels_per_segment must be at least 1, got ",
+          in_channels_per_segment);
+  Conv conv = make_conv(w, stride, padding, dilation, out_size, in_channels_per_segment, out_channels);
+  conv.activations = dense<const uint32_t>("a", a, "planes, N, H, W, groups * segments, words",
+                                           {-1, -1, -1, -1, conv.groups * conv.segments, conv.words});
+  require(1 <= dim(a, 0) && dim(a, 0) <= kMaxPlanes, "a must hold 1 to ", kMaxPlanes, " planes, got ",
+          dim(a, 0));
+  conv.activation_planes = static_cast<int>(dim(a, 0));
+  conv.images = dim(a, 1);
+  conv.height = dim(a, 2);
+  conv.width = dim(a, 3);
+  conv.activation_plane = conv.images * conv.height * conv.width * conv.groups * conv.segments * conv.words;
+  NewArray<int32_t> out({conv.weight_planes, conv.activation_planes, conv.segments, conv.images,
+                         conv.out_height, conv.out_width, conv.out_channels});
+  conv.integers = out.memory.get();
+  {
+    nb::gil_scoped_release release;
+    conv_integers(conv, threads);
+  }
+  return out.release();
+}
+
+nb::object conv_py(const Array& x, const Array& w, const Array& weight_scales, const Array& activation_scales,
+                   const OptionalArray& bias, Pair stride, Pair padding, Pair dilation, Pair out_size,
+                   nb::object out, int threads) {
+  require(threads >= 1, "threads must be at least 1, got ", threads);
+  require_array<uint32_t>("w", w, kWeightAxes, {-1, -1, -1, -1, -1, -1, -1, kLanes});
+  require_array<float>("weight_scales", weight_scales, "planes, out channels, segments",
+                       {dim(w, 0), -1, dim(w, 3)});
+  const int64_t out_channels = dim(weight_scales, 1);
+  const Pack pack = make_pack(x, activation_scales, "activation_scales", dim(w, 1) * dim(w, 3));
+  Conv conv = make_conv(w, stride, padding, dilation, out_size, pack.channels / pack.runs, out_channels);
+  const float* scale_data =
+      dense<const float>("weight_scales", weight_scales, "planes, out channels, segments",
+                         {conv.weight_planes, out_channels, conv.segments});
+  const float* bias_data = bias ? dense<const float>("bias", *bias, "out channels", {out_channels}) : nullptr;
+  conv.activation_planes = pack.planes;
+  conv.images = pack.images;
+  conv.height = pack.height;
+  conv.width = pack.width;
+
+  const Shape out_shape = {conv.images, conv.out_height, conv.out_width, conv.out_channels};
+  std::optional<NewArray<float>> fresh;
+  nb::ndarray<> given;
+  if (out.is_none()) {
+    conv.out = fresh.emplace(out_shape).memory.get();
+  } else {
+    require(nb::try_cast(out, given, false), "out must be a writable array");
+    conv.out = dense<float>("out", given, "N, OH, OW, out channels", out_shape);
+  }
+  {
+    nb::gil_scoped_release release;
+    conv_fused(pack, conv, scale_data, bias_data, threads);
+  }
+  return fresh ? fresh->release() : out;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : runnable_kernels()) names.push_back(kernels->name);
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  if (force_kernels(name.c_str())) return;
+  std::string names;
+  for (const std::string& runnable : isas()) names += (names.empty() ? "" : ", ") + runnable;
+  require(false, "this machine cannot run the instruction set '", name, "'; it can run ", names);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The compiled core of foldbit; foldbit.kernels.native is its public face.";
+  m.def("pack_activation", &pack_activation_py, "x"_a.noconvert(), "scales"_a.noconvert(), "groups"_a = 1,
+        "segments"_a = 1, "threads"_a = 1);
+  m.def("conv_integers", &conv_integers_py, "a"_a.noconvert(), "w"_a.noconvert(), nb::kw_only(),
+        "stride"_a = Pair(1, 1), "padding"_a = Pair(0, 0), "dilation"_a = Pair(1, 1), "out_size"_a,
+        "in_channels_per_segment"_a, "out_channels"_a, "threads"_a = 1);
+  m.def("conv", &conv_py, "x"_a.noconvert(), "w"_a.noconvert(), "weight_scales"_a.noconvert(),
+        "activation_scales"_a.noconvert(), "bias"_a.noconvert().none() = nb::none(), nb::kw_only(),
+        "stride"_a = Pair(1, 1), "padding"_a = Pair(0, 0), "dilation"_a = Pair(1, 1), "out_size"_a,
+        "out"_a.none() = nb::none(), "threads"_a = 1);
+  m.def("isas", &isas, "Names of the instruction sets this machine can run, the best last.");
+  m.def("current_isa", [] { return std::string(current_kernels().name); });
+  m.def("force_isa", &force_isa, "name"_a);
+  bind_solve(m);
+}
+
+}  // namespace foldbit

@@ -1,0 +1,68 @@
+"""A packed network against its float and its unpacked twin: the same network, timed in turn."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from foldbit import convert, models, timing
+from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLinear
+from foldbit.packed.layers import PackedLayer
+from foldbit.tables import table
+
+
+@torch.no_grad()
+def against_twins(
+    model: nn.Module, input_size: tuple[int, ...], *, threads: int | None = None, seconds: float = 3.0
+) -> str:
+    """Time a network packed, unpacked and in float, and tell the result as a table.
+
+    Args:
+        model: a quantized or packed network that :mod:`foldbit.models` built.
+        input_size: shape of one input, batch included.
+        threads: torch's threads; all unless given.
+        seconds: how long to measure.
+
+    Raises:
+        ValueError: for a network without quantized layers, or one that no registered model describes.
+    """
+    packed = copy.deepcopy(model)
+    if any(isinstance(m, QuantConv2d | QuantConv1d | QuantLinear) for m in packed.modules()):
+        convert.pack_(packed)
+    specs = {name: m.spec for name, m in packed.named_modules() if isinstance(m, PackedLayer)}
+    architecture = models.architecture_of(model)
+    if not specs:
+        raise ValueError("this network has no quantized layers: there is nothing to compare")
+    if architecture is None:
+        raise ValueError("this network is none of foldbit.models, so its float twin cannot be built")
+    name, arguments = architecture
+    # Times do not depend on the weights: the twins' are random.
+    float_twin = models.create(name, **arguments).eval()
+    configs = {layer: spec.config for layer, spec in specs.items()}
+    unpacked = convert.quantize_(
+        models.create(name, **arguments), filter_fn=lambda _, layer: layer in specs, overrides=configs, skip=()
+    ).train()
+    x = torch.randn(*input_size)
+    unpacked(x.expand(2, *x.shape[1:]) if len(x) == 1 else x)  # static scales must have seen something
+    unpacked.eval()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        candidates = {"float": float_twin, "unpacked": unpacked, "packed": packed}
+        times = timing.interleaved({k: lambda m=m: m(x) for k, m in candidates.items()}, seconds=seconds)
+        share = timing.bitwise_share(packed, x)
+        where = timing.machine()
+    finally:
+        torch.set_num_threads(before)
+    fastest = times["packed"].median
+    rows = [
+        [k, f"{t.median / fastest:.2f}", f"{t.low / fastest:.2f} - {t.high / fastest:.2f}"]
+        for k, t in times.items()
+    ]
+    return (
+        f"{name}, input {'×'.join(map(str, input_size))}, {where}\n"
+        + table(["network", "time / packed", "quartiles"], rows)
+        + f"\n{1 - share:.0%} of the packed network's time is not bitwise: float layers, batch norm, framework"
+    )

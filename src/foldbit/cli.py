@@ -1,0 +1,189 @@
+"""The command line: foldbit train | evaluate | summary | pack | bench | demo. It wires, and decides nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+
+def train(run: str, **recipe: Any) -> None:
+    """Train a network into a run folder; the same command goes on after an interruption, for Ctrl-C saves.
+
+    The options below are the fields of a recipe. YAML files with the same fields go to --config or, when they
+    come with foldbit, by name to --recipe; what comes later on the line changes what came earlier.
+    """
+    from foldbit.training import loop
+    from foldbit.training.recipes import Recipe
+
+    outcome = loop.train(Recipe(**recipe), run)
+    if not outcome.finished:
+        sys.exit(130)
+    print(f"done: test accuracy {outcome.metrics[-1]['test_accuracy']:.2%}, in {run}")
+
+
+def evaluate(what: str, data: str | None = None, split: Literal["test", "train"] = "test") -> None:
+    """Classify a data set with a trained or packed network, and print the accuracy.
+
+    Args:
+        what: a run folder, or a packed file (.safetensors) that knows its architecture.
+        data: a folder with Fashion-MNIST's files, where they are not found by themselves.
+        split: which images.
+    """
+    from foldbit.training import data as datasets
+    from foldbit.training import loop
+
+    model, recipe = _load(what)
+    name = recipe.data.name if recipe else "fashion-mnist"
+    images = datasets.load(name, data or (recipe.data.folder if recipe else None))
+    chosen = images.test if split == "test" else images.train
+    right = loop.predictions(model, chosen, (images.mean, images.std)) == chosen.labels
+    print(f"{right.double().mean().item():.2%} of {len(right):,} {split} images right ({images.source})")
+
+
+def summary(what: str, input_size: list[int] | None = None) -> None:
+    """Print bits, bytes and multiply-accumulates of every layer of a network, and its file's size.
+
+    Args:
+        what: a run folder, a packed file, or the name of a model (foldbit.models.names()).
+        input_size: shape of one input, batch included; [1, 1, 28, 28] unless given.
+    """
+    from foldbit.summary import summary as summarise
+
+    model, _ = _load(what)
+    print(summarise(model, tuple(input_size or (1, 1, 28, 28))))
+
+
+def pack(run: str, out: str | None = None) -> None:
+    """Pack a trained, quantized network into bits.
+
+    Args:
+        run: its run folder.
+        out: the file to write; RUN/packed.safetensors unless given.
+    """
+    from foldbit import convert
+    from foldbit.tables import nbytes
+    from foldbit.training import loop
+
+    model, _ = loop.load_run(run)
+    path = Path(out) if out else Path(run) / "packed.safetensors"
+    size = convert.packed_size(model)
+    convert.save_packed(convert.pack_(model), path)
+    print(f"packed {run} into {path}: {nbytes(size)}")
+
+
+def bench(
+    what: str, input_size: list[int] | None = None, threads: int | None = None, seconds: float = 3.0
+) -> None:
+    """Time a packed network against its float and its unpacked twin, interleaved, as ratios.
+
+    Args:
+        what: a packed file that knows its architecture, or the run folder of a quantized network.
+        input_size: shape of one input, batch included; [1, 1, 28, 28] unless given.
+        threads: torch's threads; all unless given.
+        seconds: how long to measure.
+    """
+    from foldbit import benchmark
+
+    model, _ = _load(what)
+    print(benchmark.against_twins(model, tuple(input_size or (1, 1, 28, 28)), threads=threads, seconds=seconds))
+
+
+def demo(
+    folder: str = "runs/demo", data: str | None = None, download: bool = True, seed: int = 0
+) -> None:
+    """From a float network to bits on Fashion-MNIST, in minutes: train, pack, check, time, report.
+
+    Args:
+        folder: where runs, packed files and report.html go.
+        data: a folder with Fashion-MNIST's files, where they are not found by themselves.
+        download: whether they may be downloaded where they cannot be found.
+        seed: of initial weights and of the order of the images.
+    """
+    from foldbit import demo as demonstration
+
+    demonstration.run(folder, data=data, download=download, seed=seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse arguments and run a command. A user's mistake becomes one line, and exit code 1 or 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        given = _parse(arguments)
+        _COMMANDS[given.pop("subcommand")](**given)
+    except ImportError as error:
+        sys.exit(f"foldbit: a library is missing ({error}); try pip install 'foldbit[demo]'")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"foldbit: {error}")
+    except KeyboardInterrupt:
+        print("foldbit: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    """The command's name under ``subcommand``, and its arguments."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog="foldbit", description="Neural networks of 1 and 2 bits.")
+    commands = parser.add_subcommands(title="commands")
+    for name, command in _COMMANDS.items():
+        about = (command.__doc__ or "").partition("\n\n    Args:")[0]
+        sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()))
+        sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with options of this command")
+        if name == "train":
+            from foldbit.training.recipes import Recipe, names, path_of
+
+            sub.add_argument("--recipe", help=f"a recipe that comes with foldbit: {', '.join(names())}")
+            sub.add_argument("--run", required=True, help="the run folder")
+            sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
+            # A name is only another way to spell a file, and keeps its place among the other options.
+            arguments = _spell_out(arguments, path_of)
+        else:
+            sub.add_function_arguments(command, as_positional=True, as_group=False)
+        commands.add_subcommand(name, sub, help=about.partition("\n")[0])
+    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    name = parsed.subcommand
+    options = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
+    return {"subcommand": name, **options}
+
+
+def _spell_out(arguments: list[str], path_of: Callable[[str], Path]) -> list[str]:
+    """``--recipe NAME`` as ``--config FILE``."""
+    spelled = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, name = argument.partition("=")
+        if option != "--recipe":
+            spelled.append(argument)
+        else:
+            spelled.append(f"--config={path_of(name if equals else next(rest, ''))}")
+    return spelled
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "summary": summary,
+    "pack": pack,
+    "bench": bench,
+    "demo": demo,
+}
+
+
+def _load(what: str) -> tuple[Any, Any]:
+    """A network by run folder, packed file or model name, and its recipe where it has one."""
+    from foldbit import convert, models
+
+    path = Path(what)
+    if path.is_dir():
+        from foldbit.training import loop
+
+        return loop.load_run(path)
+    if path.is_file():
+        return convert.load_packed(path), None
+    if what in models.names():
+        return models.create(what).eval(), None
+    raise ValueError(
+        f"{what!r} is no run folder, no packed file, and no model; models are {', '.join(models.names())}"
+    )

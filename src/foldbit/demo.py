@@ -1,0 +1,323 @@
+"""The demo: the whole path on real images, from a float network to packed bits, and a page about it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from foldbit import convert, timing
+from foldbit.analysis import error, report
+from foldbit.core.config import QuantConfig
+from foldbit.packed import files
+from foldbit.packed.layers import PackedLayer
+from foldbit.summary import summary
+from foldbit.tables import nbytes, table
+from foldbit.training import data as datasets
+from foldbit.training import loop
+from foldbit.training.recipes import DataConfig, Recipe
+
+FLOAT = Recipe(model="resnet8-xnor", epochs=2, lr=1e-2)
+
+#: Training from the float network's weights, which is the best recipe for a small budget.
+QUANTIZED = dataclasses.replace(FLOAT, epochs=1, lr=5e-3)
+
+SCHEMES = {
+    "W1A2": QuantConfig("ls-1", "ls-2", activation_scales="static", clamp=3.0),
+    "W1AT": QuantConfig("ls-1", "ls-T", activation_scales="static", clamp=3.0),
+    "W1A1": QuantConfig("ls-1", "ls-1", activation_scales="static", clamp=3.0),
+}
+
+_BATCH = 64  # images a timed batch, beside single ones
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the table says of one network.
+
+    Attributes:
+        accuracy: on the test images, by the packed network where there is one.
+        agreement: test images on which packed and unpacked network give the same class.
+        file_bytes, compression: of the packed file; of the float network's file, and 1.
+        bits: stored per quantized weight, scales included.
+        against_float, against_unpacked: time of the float network, and of the unpacked quantized one,
+            divided by the packed one's: ``{batch size: ratio}``.
+        not_bitwise: share of the packed network's time outside packed layers, ``{batch size: share}``.
+    """
+
+    accuracy: float
+    agreement: float
+    file_bytes: int
+    compression: float
+    bits: float
+    against_float: dict[int, float]
+    against_unpacked: dict[int, float]
+    not_bitwise: dict[int, float]
+
+
+def run(folder: str | Path = "runs/demo", *, data: str | None = None, download: bool = True, seed: int = 0) -> Path:
+    """Train, pack, check, time and report.
+
+    Args:
+        folder: where everything goes. What an earlier, interrupted call trained is taken up; a finished one
+            is done again.
+        data: a folder with Fashion-MNIST's files; None looks for them.
+        download: whether they may be downloaded where they cannot be found.
+        seed: of initial weights and of the order of the images.
+
+    Returns:
+        The page's path.
+    """
+    began = time.monotonic()
+    folder = Path(folder)
+    if (folder / "results.json").exists() and (folder / "float" / "config.yaml").exists():
+        shutil.rmtree(folder)  # an earlier demo's, finished
+    images = datasets.load("fashion-mnist", data, download=download, fall_back=True)
+    print(f"data      {images.name}: {len(images.train):,} + {len(images.test):,} images, {images.source}")
+    source = DataConfig(name=images.name, folder=data, download=download)  # type: ignore[arg-type]
+    recipe = dataclasses.replace(FLOAT, data=source, seed=seed)
+    print(f"machine   {_choose_threads(recipe, images)}")
+
+    outcomes = {"float": _train("float", recipe, folder, images)}
+    for name, quant in SCHEMES.items():
+        recipe = dataclasses.replace(
+            QUANTIZED, data=source, seed=seed, quant=quant, init=str(folder / "float")
+        )
+        outcomes[name] = _train(name, recipe, folder, images)
+        if not outcomes[name].finished:
+            break
+    if not all(outcome.finished for outcome in outcomes.values()):
+        raise KeyboardInterrupt
+
+    print("\npacking, checking and timing ...")
+    networks = {name: outcome.model for name, outcome in outcomes.items()}
+    results, guesses = {}, {}
+    for name, network in networks.items():
+        results[name], guesses[name] = _measure(name, network, networks["float"], images, folder)
+    print("\n" + _table(results))
+    page = folder / "report.html"
+    _write_report(page, images, networks, outcomes, results, guesses)
+    records = {name: dataclasses.asdict(result) for name, result in results.items()}
+    files.write(folder / "results.json", json.dumps(records, indent=2).encode())
+    print(f"\ndone in {time.monotonic() - began:.0f} s: open {page}")
+    return page
+
+
+def _train(name: str, recipe: Recipe, folder: Path, images: datasets.ImageData) -> loop.Outcome:
+    start = "" if recipe.init is None else ", from the float weights"
+    print(f"\ntraining {name} ({recipe.epochs} epochs{start})".replace("1 epochs", "1 epoch"), flush=True)
+    return loop.train(recipe, folder / name, images=images)
+
+
+def _choose_threads(recipe: Recipe, images: datasets.ImageData) -> str:
+    """Train on as many threads as pay, and say which machine this is."""
+    model = loop.recipes.build(recipe)
+    normalize = (images.mean, images.std)
+    x, labels = next(iter(datasets.batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize)))
+
+    def step() -> None:
+        nn.functional.cross_entropy(model(x), labels).backward()
+
+    wanted = torch.get_num_threads()
+    if timing.sensible_threads(step) < wanted:
+        return f"{timing.machine()}: {wanted} were slower, for another process keeps a core busy"
+    return timing.machine()
+
+
+@torch.no_grad()
+def _measure(
+    name: str, network: nn.Module, float_network: nn.Module, images: datasets.ImageData, folder: Path
+) -> tuple[Result, Tensor]:
+    normalize = (images.mean, images.std)
+    guesses = loop.predictions(network, images.test, normalize)
+    correct = (guesses == images.test.labels).double().mean().item()
+    if name == "float":
+        size = convert.packed_size(network)
+        return Result(correct, 1.0, size, 1.0, 32.0, {}, {}, {}), guesses
+    packed = convert.pack_(copy.deepcopy(network))
+    path = folder / f"{name}.safetensors"
+    convert.save_packed(packed, path)
+    packed = convert.load_packed(path)  # what is measured from here on is what the file holds
+    packed_guesses = loop.predictions(packed, images.test, normalize)
+    x, _ = next(iter(datasets.batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
+    against_float, against_unpacked, not_bitwise = {}, {}, {}
+    for batch in (1, _BATCH):
+        candidates = {"packed": packed, "float": float_network, "unpacked": network}
+        inputs = x[:batch]
+        times = timing.interleaved({key: lambda m=m: m(inputs) for key, m in candidates.items()})
+        against_float[batch] = times["float"].median / times["packed"].median
+        against_unpacked[batch] = times["unpacked"].median / times["packed"].median
+        not_bitwise[batch] = 1 - timing.bitwise_share(packed, inputs)
+    size = path.stat().st_size
+    return (
+        Result(
+            accuracy=(packed_guesses == images.test.labels).double().mean().item(),
+            agreement=(packed_guesses == guesses).double().mean().item(),
+            file_bytes=size,
+            compression=convert.packed_size(float_network) / size,
+            bits=_bits_per_weight(packed),
+            against_float=against_float,
+            against_unpacked=against_unpacked,
+            not_bitwise=not_bitwise,
+        ),
+        packed_guesses,
+    )
+
+
+def _bits_per_weight(packed: nn.Module) -> float:
+    layers = [m for m in packed.modules() if isinstance(m, PackedLayer)]
+    stored = sum(8 * m.planes.nbytes + 8 * m.scales.nbytes for m in layers)
+    return stored / sum(m.weight().numel() for m in layers)
+
+
+_HEADER = [
+    "scheme", "test\naccuracy", "same as\nunpacked", "on disk", "com-\npression", "bits per\nweight",
+    "speed-up over float\nbatch 1 / 64", "over unpacked\nbatch 1 / 64", "time not bitwise\nbatch 1 / 64",
+]  # fmt: skip
+
+_NOTE = (
+    "Speed-ups are time ratios of whole networks in torch, medians of interleaved runs. The time that is not "
+    "bitwise is the stem, the shortcuts, batch norm, ReLU and the framework, all in float. Bits per weight "
+    "count the quantized layers, scales included; compression counts the whole file."
+)
+
+
+def _rows(results: dict[str, Result]) -> list[list[str]]:
+    def pair(values: dict[int, float], form: str) -> str:
+        return " / ".join(format(value, form) for value in values.values()) or "-"
+
+    return [
+        [
+            name,
+            f"{r.accuracy:.2%}",
+            f"{r.agreement:.2%}" if r.against_float else "-",
+            nbytes(r.file_bytes),
+            f"{r.compression:.1f}×",
+            f"{r.bits:.2f}",
+            pair(r.against_float, ".2f"),
+            pair(r.against_unpacked, ".2f"),
+            pair(r.not_bitwise, ".0%"),
+        ]
+        for name, r in results.items()
+    ]
+
+
+def _table(results: dict[str, Result]) -> str:
+    return f"{table(_HEADER, _rows(results))}\n{_NOTE}\n{timing.machine()}"
+
+
+def _write_report(
+    page: Path,
+    images: datasets.ImageData,
+    networks: dict[str, nn.Module],
+    outcomes: dict[str, loop.Outcome],
+    results: dict[str, Result],
+    guesses: dict[str, Tensor],
+) -> None:
+    normalize = (images.mean, images.std)
+    x, _ = next(iter(datasets.batches(images.test, 500, shuffle=False, normalize=normalize)))
+    errors = {name: error.layer_errors(networks[name], x) for name in SCHEMES}
+    float_epochs = len(outcomes["float"].metrics)
+    histories = {
+        name: [{**r, "epoch": r["epoch"] + (0 if name == "float" else float_epochs)} for r in outcome.metrics]
+        for name, outcome in outcomes.items()
+    }
+    wrong_somewhere = torch.stack([g != images.test.labels for g in guesses.values()]).any(0)
+    shown = torch.cat([(~wrong_somewhere).nonzero()[:6], wrong_somewhere.nonzero()[:6]]).flatten()
+    classes = images.classes
+    lead = (
+        f"A small residual network of XNOR blocks on {images.name} ({images.source}): trained in float, then "
+        "from those weights with 1-bit weights and activations of 2 bits (W1A2), ternary (W1AT) and 1 bit "
+        "(W1A1), and packed into bits. All scales minimise the squared error of what they approximate."
+    )
+    report.write_page(
+        page,
+        "foldbit demo: from a float network to bits",
+        lead,
+        [
+            report.Section(
+                "Results",
+                [
+                    report.Table(_HEADER, _rows(results), f"{_NOTE} Machine: {timing.machine()}."),
+                    report.Picture(
+                        report.accuracy_against_size(
+                            {name: (r.file_bytes / 1024, r.accuracy) for name, r in results.items()}
+                        ),
+                        "Accuracy against size. A second bit for the activations costs no size, for only "
+                        "weights are stored; it costs time.",
+                    ),
+                ],
+            ),
+            report.Section(
+                "Training",
+                [
+                    report.Picture(
+                        report.training_curves(histories),
+                        "The quantized networks start from the float network's weights, after its last epoch.",
+                    )
+                ],
+            ),
+            report.Section(
+                "Quantization error, layer by layer",
+                [
+                    report.Picture(
+                        report.error_bars(
+                            {n: {e.name: e.activation for e in per_layer} for n, per_layer in errors.items()},
+                            "‖x − x̂‖² / ‖x‖² of the input",
+                        ),
+                        "Activations: what a layer loses of its input. Two bits lose about a third of what one "
+                        "bit loses.",
+                    ),
+                    report.Picture(
+                        report.error_bars(
+                            {n: {e.name: e.weight for e in per_layer} for n, per_layer in errors.items()},
+                            "‖w − ŵ‖² / ‖w‖² of the weight",
+                        ),
+                        "Weights: all three networks store them in one bit with one scale per output channel.",
+                    ),
+                ],
+            ),
+            report.Section(
+                "Some test images",
+                [
+                    report.Picture(
+                        report.image_grid(
+                            [images.test.images[i, 0].numpy() for i in shown],
+                            [classes[images.test.labels[i]] for i in shown],
+                            {name: [classes[g[i]] for i in shown] for name, g in guesses.items()},
+                        ),
+                        "Six that all networks classify right and six that at least one does not (in red).",
+                    )
+                ],
+            ),
+            report.Section("The packed W1A2 network", [_summary_table(networks["W1A2"], x[:1])]),
+        ],
+    )
+
+
+def _summary_table(network: nn.Module, x: Tensor) -> report.Table:
+    found = summary(network, x)
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            layer.input_bits,
+            "×".join(map(str, layer.output_shape)),
+            nbytes(layer.memory),
+            f"{layer.macs.total():,}",
+        ]
+        for layer in found.layers
+    ]
+    return report.Table(
+        ["layer", "kind", "input\nbits", "output shape", "memory", "MACs"],
+        rows,
+        f"{found.bitwise_share:.1%} of {found.macs.total():,} multiply-accumulates are bitwise; the file has "
+        f"{found.file_bytes:,} bytes, {found.compression:.1f} times less than the float tensors.",
+    )

@@ -1,0 +1,348 @@
+"""One loop: train a recipe into a run folder, stop at any step, go on from there.
+
+A run folder holds
+
+    config.yaml       the recipe
+    metrics.jsonl     a line an epoch
+    tensorboard/      the same and more, as curves
+    checkpoint/       the newest state: model.safetensors, optimizer, schedule, random numbers, progress
+
+A checkpoint is written after every epoch and when training is interrupted, under a temporary name and then
+renamed. Resuming repeats nothing: images come in the order they would have come in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from foldbit.training import data as datasets
+from foldbit.training import recipes
+from foldbit.training.recipes import Recipe
+
+
+class RunError(ValueError):
+    """A run folder cannot be used as asked."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: finished epochs, steps into the next one, and its sums so far."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From checkpoints."""
+        vars(self).update(state)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        model: the network, in evaluation mode, with the newest weights.
+        metrics: a record an epoch, as in metrics.jsonl.
+        finished: False where it was interrupted.
+    """
+
+    model: nn.Module
+    metrics: list[dict[str, float]]
+    finished: bool
+
+
+def train(recipe: Recipe, run: str | os.PathLike[str], *, images: datasets.ImageData | None = None) -> Outcome:
+    """Train a recipe into a run folder, or go on where an earlier call was interrupted.
+
+    Args:
+        recipe: what to train and how.
+        run: the folder; created where it is missing.
+        images: the data, where the caller has loaded them already.
+
+    Raises:
+        RunError: where the folder holds a run of another recipe, or ``init`` one of another model.
+        FloatingPointError: where the loss stops being finite.
+    """
+    run = Path(run)
+    _claim(run, recipe)
+    accelerator = Accelerator(mixed_precision=recipe.precision)
+    set_seed(recipe.seed)
+    images = images or load_data(recipe)
+    model = recipes.build(recipe)
+    if recipe.init is not None:
+        _start_from(model, Path(recipe.init))
+    train_set = images.train
+    if recipe.data.train_images is not None:
+        train_set = datasets.ImageSet(*(t[: recipe.data.train_images] for t in vars(train_set).values()))
+    normalize = (images.mean, images.std)
+    loader = datasets.batches(
+        train_set, recipe.batch_size, shuffle=True, seed=recipe.seed, normalize=normalize, drop_last=True
+    )
+    optimizer = _optimizer(recipe, model)
+    schedule = _schedule(recipe, optimizer, len(loader) * recipe.epochs)
+    progress = Progress()
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
+    accelerator.register_for_checkpointing(schedule, progress)
+    if (run / "checkpoint").exists():
+        accelerator.load_state(str(run / "checkpoint"))
+    metrics = _metrics_until(run, progress.epoch)
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=progress.epoch + 1)
+    evaluation = accelerator.prepare(
+        datasets.batches(images.test, 1000, shuffle=False, normalize=normalize)
+    )  # one epoch's order is any other's
+
+    with _interruptions() as interrupted:
+        while progress.epoch < recipe.epochs:
+            began = time.monotonic()
+            _train_epoch(accelerator, model, loader, optimizer, schedule, progress, recipe, interrupted)
+            if interrupted:
+                _save(accelerator, run)
+                print(f"interrupted in epoch {progress.epoch + 1}; the same command goes on from {run}")
+                break
+            record = {
+                "epoch": progress.epoch + 1,
+                "train_loss": progress.loss / progress.images,
+                "train_accuracy": progress.correct / progress.images,
+                "test_accuracy": accuracy(model, evaluation, accelerator),
+                "lr": schedule.get_last_lr()[0],
+                "seconds": time.monotonic() - began,
+            }
+            metrics.append(record)
+            if accelerator.is_main_process:
+                print(
+                    f"  epoch {progress.epoch + 1}/{recipe.epochs}: loss {record['train_loss']:.3f}, "
+                    f"test accuracy {record['test_accuracy']:.2%}, {record['seconds']:.0f} s",
+                    flush=True,
+                )
+                _append(run / "metrics.jsonl", record)
+                for name, value in record.items():
+                    writer.add_scalar(name, value, record["epoch"])
+            progress.load_state_dict({**Progress().state_dict(), "epoch": progress.epoch + 1})
+            _save(accelerator, run)
+    writer.close()
+    finished = progress.epoch >= recipe.epochs
+    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, finished)
+
+
+def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
+    """The network of a run folder with its newest weights, in evaluation mode, and its recipe.
+
+    Raises:
+        RunError: where the folder holds no run, or one without a checkpoint yet.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"{run} is not a run folder: it has no config.yaml; make one with `foldbit train`")
+    recipe = recipes.load(run / "config.yaml")
+    model = recipes.build(recipe)
+    model.load_state_dict(_weights(run))
+    return model.eval(), recipe
+
+
+def load_data(recipe: Recipe) -> datasets.ImageData:
+    """The recipe's images."""
+    folder = None if recipe.data.folder is None else Path(recipe.data.folder)
+    return datasets.load(recipe.data.name, folder, download=recipe.data.download)
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: datasets.ImageSet, normalize: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """The class that the model gives each image, int64 ``[N]``."""
+    model.eval()
+    loader = datasets.batches(images, 1000, shuffle=False, normalize=normalize)
+    return torch.cat([model(x).argmax(1) for x, _ in loader])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: Any, accelerator: Accelerator) -> float:
+    """The share of images that the model classifies right, each counted once on any number of processes."""
+    model.eval()
+    correct, count = 0, 0
+    for x, labels in loader:
+        hits = accelerator.gather_for_metrics(model(x).argmax(1) == labels)
+        correct += int(hits.sum())
+        count += len(hits)
+    return correct / count
+
+
+def _train_epoch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    progress: Progress,
+    recipe: Recipe,
+    interrupted: list[int],
+) -> None:
+    """Train to the end of the epoch, or to the end of the step in which an interruption came."""
+    model.train()
+    loader.set_epoch(progress.epoch)
+    remaining = skip_first_batches(loader, progress.step) if progress.step else loader
+    bar = tqdm(
+        remaining,
+        total=len(loader),
+        initial=progress.step,
+        desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
+        unit="batch",
+        disable=None if accelerator.is_local_main_process else True,  # None: only on a terminal
+        leave=False,
+    )
+    # Sums stay tensors until somebody looks, so that no step waits for the device.
+    loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    correct = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    for x, labels in bar:
+        logits = model(x)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        progress.step += 1
+        progress.images += len(labels)
+        if progress.step % 20 == 0:
+            _check_finite(loss, progress)
+            seen = progress.images
+            bar.set_postfix(
+                loss=f"{(progress.loss + loss_sum.item()) / seen:.3f}",
+                accuracy=f"{(progress.correct + correct.item()) / seen:.1%}",
+            )
+        if interrupted:
+            break
+    _check_finite(loss_sum, progress)
+    progress.loss += loss_sum.item()
+    progress.correct += correct.item()
+
+
+def _check_finite(loss: Tensor, progress: Progress) -> None:
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss is {loss.item()} in epoch {progress.epoch + 1}, by step {progress.step}; "
+            "try a lower learning rate. The checkpoint of the last full epoch is kept"
+        )
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM comes; a second signal acts at once, as it would have."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def remember(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, remember)
+    except ValueError:  # not the main thread, which alone may handle signals: then nothing is caught
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's, or refuse one that is another's."""
+    config = run / "config.yaml"
+    if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
+        (run / "checkpoint.old").rename(run / "checkpoint")  # killed between the two renames of _save
+    if config.exists():
+        if recipes.load(config) != recipe:
+            raise RunError(
+                f"{run} holds a run of another recipe (see {config}); pick another folder, or delete it"
+            )
+        return
+    if run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} exists, is not empty and holds no run; pick another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    recipes.save(recipe, config)
+
+
+def _start_from(model: nn.Module, run: Path) -> None:
+    try:
+        model.load_state_dict(_weights(run))
+    except RuntimeError as error:
+        raise RunError(f"the weights of {run} do not fit this model: {error}") from error
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    path = run / "checkpoint" / "model.safetensors"
+    if not path.is_file():
+        raise RunError(f"{run} has no checkpoint yet ({path.name} is missing in it); train it first")
+    return load_file(path)
+
+
+def _save(accelerator: Accelerator, run: Path) -> None:
+    """Write a checkpoint beside the old one, then put it in its place."""
+    new, old = run / "checkpoint.new", run / "checkpoint.old"
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(old, ignore_errors=True)
+        if (run / "checkpoint").exists():
+            (run / "checkpoint").rename(old)
+        new.rename(run / "checkpoint")
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _append(path: Path, record: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _metrics_until(run: Path, epoch: int) -> list[dict[str, float]]:
+    """The records up to a checkpoint's epoch; a kill may have left a later one, which is dropped."""
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [record for record in records if record["epoch"] <= epoch]
+    if len(kept) < len(records):
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+    )
+
+
+def _schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if recipe.schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps + 1)
+    end = 1e-3 if recipe.schedule == "linear" else 1.0
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=steps)
