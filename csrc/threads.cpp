@@ -35,15 +35,24 @@ void relax() {
 #endif
 }
 
-// Spin until done() or until the time is up; says whether it is done. The clock is read only now and then.
+// Look a few times, for about a microsecond, then let another thread have the core: it may be the very one
+// that is waited for.
+template <class Done>
+bool glance(const Done& done) {
+  for (int i = 0; i < 64; ++i) {
+    if (done()) return true;
+    relax();
+  }
+  std::this_thread::yield();
+  return done();
+}
+
+// Spin until done() or until the time is up; says whether it is done.
 template <class Done>
 bool spin(const Done& done) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
   do {
-    for (int i = 0; i < 64; ++i) {
-      if (done()) return true;
-      relax();
-    }
+    if (glance(done)) return true;
   } while (std::chrono::steady_clock::now() < end);
   return false;
 }
@@ -85,8 +94,8 @@ class alignas(64) Worker {
   void finish(Job* job) {
     if (box_.compare_exchange_strong(job, nullptr)) return;
     const auto empty = [this] { return box_.load(std::memory_order_acquire) == nullptr; };
-    if (spin(empty)) return;
-    while (!empty()) std::this_thread::yield();
+    while (!glance(empty)) {
+    }
   }
 
  private:

@@ -21,8 +21,9 @@ from foldbit.packed.spec import LayerSpec
 class PackedLayer(nn.Module):
     """What all packed layers share; use :class:`PackedConv2d`, :class:`PackedConv1d`, :class:`PackedLinear`.
 
-    A packed layer is for inference on the CPU and is not differentiable. With a float input (activation
-    scheme ``fp``) the weight is stored in bits and unpacked at every call: small, not fast.
+    A packed layer is for inference on the CPU and is not differentiable. Its tensors keep their dtypes,
+    layout and device whatever ``model.to(...)`` asks for. With a float input (activation scheme ``fp``) the
+    weight is stored in bits and unpacked at every call: small, not fast.
 
     Attributes:
         spec: kind, geometry and quantization.
@@ -37,6 +38,8 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     activation_scales: Tensor | None
     words: Tensor
+    weight_scales: Tensor
+    input_scales: Tensor | None
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -45,7 +48,10 @@ class PackedLayer(nn.Module):
         for name in ("planes", "scales", "bias", "activation_scales"):
             dtype, shape = stored.get(name, (None, ()))
             self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in stored else None)
+        # What the kernels take, made from the tensors above whenever those are loaded.
         self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
+        self.register_buffer("weight_scales", torch.empty(0), persistent=False)
+        self.register_buffer("input_scales", None, persistent=False)
         self.register_load_state_dict_post_hook(PackedLayer._lay_out)
 
     @classmethod
@@ -82,7 +88,7 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, in the dtype of x."""
         images = self._as_images(x)
-        y = self._float_conv(images) if self.spec.activation_planes == 0 else self._bitwise_conv(images)
+        y = self._float_conv(images) if self.spec.config.activation == "fp" else self._bitwise_conv(images)
         return self._from_images(y, x).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -96,11 +102,11 @@ class PackedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The approximated weight, float32 ``[out, in/groups, kh, kw]``."""
         spec = self.spec
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.planes.device)
+        shifts = torch.arange(8, dtype=torch.uint8)
         bits = (self.planes.unsqueeze(-1) >> shifts) & 1
         negative = bits.flatten(-2)[..., : spec.channels].bool()  # [k, out, kh, kw, in/groups]
         segmented = negative.unflatten(-1, (spec.segments, -1))
-        scales = self.scales.float().reshape(spec.weight_planes, spec.out_channels, 1, 1, spec.segments, 1)
+        scales = self.weight_scales[:, :, None, None, :, None]
         signed = torch.where(segmented, -scales, scales)
         return signed.sum(0).flatten(-2).movedim(-1, 1)
 
@@ -108,29 +114,29 @@ class PackedLayer(nn.Module):
         spec = self.spec
         if spec.config.clamp is not None:
             x = x.clamp(-spec.config.clamp, spec.config.clamp)
-        scales = self._scales_of(x).float().expand(len(x), -1)
+        scales = self._input_scales(x)
         out_size = spec.out_size(x.shape[2], x.shape[3])
         x, padding = self._pad(x.float())
         return ops.packed_conv(
             x,
             self.words,
-            self.scales.float().reshape(spec.weight_planes, spec.out_channels, spec.segments),
+            self.weight_scales,
             scales,
-            None if self.bias is None else self.bias.float(),
+            self.bias,
             spec.stride,
             padding[::2],  # top and left; the other two follow from the size
             spec.dilation,
             out_size,
         )
 
-    def _scales_of(self, x: Tensor) -> Tensor:
-        """The input's scales, ``[N, k]`` or ``[1, k]``."""
-        if self.activation_scales is not None:
-            return self.activation_scales.unsqueeze(0)
+    def _input_scales(self, x: Tensor) -> Tensor:
+        """The input's scales, float32 ``[N, k]``."""
+        if self.input_scales is not None:
+            return self.input_scales.expand(len(x), -1)
         scheme = schemes.parse(self.spec.config.activation)
-        if self.spec.config.activation_granularity == "sample":
-            return solvers.solve(x, scheme, tuple(range(1, x.ndim)))
-        return solvers.solve(x, scheme, None).unsqueeze(0)
+        per_sample = self.spec.config.activation_granularity == "sample"
+        scales = solvers.solve(x, scheme, tuple(range(1, x.ndim)) if per_sample else None)
+        return scales.float().expand(len(x), -1)
 
     def _float_conv(self, x: Tensor) -> Tensor:
         spec = self.spec
@@ -165,13 +171,17 @@ class PackedLayer(nn.Module):
     def _lay_out(layer: nn.Module, _incompatible_keys: Any) -> None:
         """Bring the planes into the kernels' form, whenever they have been loaded."""
         assert isinstance(layer, PackedLayer)
+        spec = layer.spec
         words = layout.disk_to_kernel(
-            layer.planes.cpu().numpy(),
-            layer.spec.channels,
-            groups=layer.spec.groups,
-            segments=layer.spec.segments,
+            layer.planes.numpy(), spec.channels, groups=spec.groups, segments=spec.segments
         )
         layer.words = torch.from_numpy(words.view("int32"))
+        layer.weight_scales = layer.scales.reshape(spec.weight_planes, spec.out_channels, spec.segments)
+        if layer.activation_scales is not None:
+            layer.input_scales = layer.activation_scales.unsqueeze(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
+        return self  # see the class: .to(), .half() and the like change float layers, not packed ones
 
 
 class PackedConv2d(PackedLayer):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from foldbit.kernels import native
 
 
-@torch.library.custom_op("foldbit::packed_conv", mutates_args=(), device_types="cpu")
+torch.library.define(
+    "foldbit::packed_conv",
+    "(Tensor x, Tensor words, Tensor weight_scales, Tensor activation_scales, Tensor? bias, int[2] stride, "
+    "int[2] padding, int[2] dilation, SymInt[2] out_size) -> Tensor",
+)
+
+
 def packed_conv(
     x: Tensor,
     words: Tensor,
@@ -23,6 +30,8 @@ def packed_conv(
     out_size: Sequence[int],
 ) -> Tensor:
     """Fold x into planes, convolve them with packed weights, scale and add the bias.
+
+    On the CPU only, and not differentiable.
 
     Args:
         x: float32 ``[N, C, H, W]``, any strides.
@@ -41,13 +50,29 @@ def packed_conv(
     Raises:
         foldbit.kernels.native.KernelUnavailable: without the native core, unless the slow path was chosen.
     """
+    return torch.ops.foldbit.packed_conv.default(
+        x, words, weight_scales, activation_scales, bias, stride, padding, dilation, out_size
+    )
+
+
+def _on_cpu(
+    x: Tensor,
+    words: Tensor,
+    weight_scales: Tensor,
+    activation_scales: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_size: Sequence[int],
+) -> Tensor:
     out = _output(x, weight_scales, out_size)
     native.conv(
-        x.detach().numpy(),
-        words.numpy().view("uint32"),
+        x.numpy(),
+        words.numpy().view(np.uint32),
         weight_scales.numpy(),
         activation_scales.contiguous().numpy(),
-        None if bias is None else bias.detach().numpy(),
+        None if bias is None else bias.numpy(),
         stride=tuple(stride),
         padding=tuple(padding),
         dilation=tuple(dilation),
@@ -58,8 +83,7 @@ def packed_conv(
     return out
 
 
-@packed_conv.register_fake
-def _(
+def _fake(
     x: Tensor,
     words: Tensor,
     weight_scales: Tensor,
@@ -76,3 +100,7 @@ def _(
 def _output(x: Tensor, weight_scales: Tensor, out_size: Sequence[int]) -> Tensor:
     shape = (x.shape[0], weight_scales.shape[1], *out_size)
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+
+
+torch.library.impl("foldbit::packed_conv", "CPU", _on_cpu)
+torch.library.register_fake("foldbit::packed_conv", _fake)
