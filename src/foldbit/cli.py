@@ -1,4 +1,4 @@
-"""The command line: foldbit train | evaluate | summary | pack | bench | demo. It wires, and decides nothing."""
+"""The command line, foldbit train | evaluate | summary | pack | bench | demo: wires, decides nothing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def evaluate(what: str, data: str | None = None, split: Literal["test", "train"]
     from foldbit.training import loop
 
     model, recipe = _load(what)
-    name = recipe.data.name if recipe else "fashion-mnist"
-    images = datasets.load(name, data or (recipe.data.folder if recipe else None))
+    if recipe is None:
+        images = datasets.load("fashion-mnist", data)
+    else:
+        images = datasets.load(recipe.data.name, data or recipe.data.folder, download=recipe.data.download)
     chosen = images.test if split == "test" else images.train
     right = loop.predictions(model, chosen, (images.mean, images.std)) == chosen.labels
     print(f"{right.double().mean().item():.2%} of {len(right):,} {split} images right ({images.source})")
@@ -87,12 +89,12 @@ def bench(
     from foldbit import benchmark
 
     model, _ = _load(what)
-    print(benchmark.against_twins(model, tuple(input_size or (1, 1, 28, 28)), threads=threads, seconds=seconds))
+    print(
+        benchmark.against_twins(model, tuple(input_size or (1, 1, 28, 28)), threads=threads, seconds=seconds)
+    )
 
 
-def demo(
-    folder: str = "runs/demo", data: str | None = None, download: bool = True, seed: int = 0
-) -> None:
+def demo(folder: str = "runs/demo", data: str | None = None, download: bool = True, seed: int = 0) -> None:
     """From a float network to bits on Fashion-MNIST, in minutes: train, pack, check, time, report.
 
     Args:

@@ -37,7 +37,8 @@ class ConversionReport:
     def __str__(self) -> str:
         lines = [f"quantized {len(self.quantized)} layers, left {len(self.left_float)} float"]
         lines += [
-            f"  {name}: {c.name} ({c.weight} weight, {c.activation} input)" for name, c in self.quantized.items()
+            f"  {name}: {c.name} ({c.weight} weight, {c.activation} input)"
+            for name, c in self.quantized.items()
         ]
         lines += [f"  {name}: float, {reason}" for name, reason in self.left_float.items()]
         return "\n".join(lines)
@@ -144,7 +145,9 @@ def pack_(model: Model) -> Model:
             input, or static scales that have never seen data. The model is then unchanged.
     """
     if isinstance(model, _QUANTIZED):
-        raise TypeError(f"pack_ changes layers inside a model; wrap this {type(model).__name__} in nn.Sequential")
+        raise TypeError(
+            f"pack_ changes layers inside a model; wrap this {type(model).__name__} in nn.Sequential"
+        )
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, _QUANTIZED):
@@ -294,7 +297,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
     """Put replacements in, wherever a module stands (it may stand in several places)."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
 
 
@@ -304,7 +307,8 @@ def _check_patterns(overrides: Mapping[str, QuantConfig | None], candidates: Map
             raise TypeError(f"override {pattern!r} is a QuantConfig or None; got {type(chosen).__name__}")
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ValueError(
-                f"override {pattern!r} matches no quantizable layer; there are: {', '.join(candidates) or 'none'}"
+                f"override {pattern!r} matches no quantizable layer; "
+                f"there are: {', '.join(candidates) or 'none'}"
             )
 
 

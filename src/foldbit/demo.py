@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,9 @@ class Result:
     not_bitwise: dict[int, float]
 
 
-def run(folder: str | Path = "runs/demo", *, data: str | None = None, download: bool = True, seed: int = 0) -> Path:
+def run(
+    folder: str | Path = "runs/demo", *, data: str | None = None, download: bool = True, seed: int = 0
+) -> Path:
     """Train, pack, check, time and report.
 
     Args:
@@ -120,7 +123,9 @@ def _choose_threads(recipe: Recipe, images: datasets.ImageData) -> str:
     """Train on as many threads as pay, and say which machine this is."""
     model = loop.recipes.build(recipe)
     normalize = (images.mean, images.std)
-    x, labels = next(iter(datasets.batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize)))
+    x, labels = next(
+        iter(datasets.batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize))
+    )
 
     def step() -> None:
         nn.functional.cross_entropy(model(x), labels).backward()
@@ -151,7 +156,7 @@ def _measure(
     for batch in (1, _BATCH):
         candidates = {"packed": packed, "float": float_network, "unpacked": network}
         inputs = x[:batch]
-        times = timing.interleaved({key: lambda m=m: m(inputs) for key, m in candidates.items()})
+        times = timing.interleaved({key: partial(m, inputs) for key, m in candidates.items()})
         against_float[batch] = times["float"].median / times["packed"].median
         against_unpacked[batch] = times["unpacked"].median / times["packed"].median
         not_bitwise[batch] = 1 - timing.bitwise_share(packed, inputs)
@@ -260,7 +265,7 @@ def _write_report(
                 [
                     report.Picture(
                         report.training_curves(histories),
-                        "The quantized networks start from the float network's weights, after its last epoch.",
+                        "The quantized networks start from the float network's weights, where its line ends.",
                     )
                 ],
             ),
@@ -272,15 +277,14 @@ def _write_report(
                             {n: {e.name: e.activation for e in per_layer} for n, per_layer in errors.items()},
                             "‖x − x̂‖² / ‖x‖² of the input",
                         ),
-                        "Activations: what a layer loses of its input. Two bits lose about a third of what one "
-                        "bit loses.",
+                        "What a layer loses of its input. Two bits lose about a third of what one bit loses.",
                     ),
                     report.Picture(
                         report.error_bars(
                             {n: {e.name: e.weight for e in per_layer} for n, per_layer in errors.items()},
                             "‖w − ŵ‖² / ‖w‖² of the weight",
                         ),
-                        "Weights: all three networks store them in one bit with one scale per output channel.",
+                        "Weights: all three networks store one bit each, and a scale per output channel.",
                     ),
                 ],
             ),

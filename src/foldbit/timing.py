@@ -98,7 +98,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = []
     if info.exists():
-        names = [line.split(":")[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1] for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
     return f"{names[0].strip() if names else 'an unnamed processor'}, {torch.get_num_threads()} thread(s)"
 
 

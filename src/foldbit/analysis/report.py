@@ -24,12 +24,14 @@ from foldbit.packed import files
 COLOURS = {"float": "#444444", "W1A2": "#0072b2", "W1AT": "#009e73", "W1A1": "#d55e00"}
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .35rem .8rem }
 th { border-bottom: 2px solid #444; text-align: right; vertical-align: bottom }
 td { border-bottom: 1px solid #ddd; text-align: right } td:first-child, th:first-child { text-align: left }
-img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption, .note { color: #555; font-size: .92rem }
+img { max-width: 100%; height: auto } figure { margin: 1rem 0 }
+figcaption, .note { color: #555; font-size: .92rem }
 .scroll { overflow-x: auto }
 """
 
@@ -135,9 +137,7 @@ def error_bars(errors: Mapping[str, Mapping[str, float]], ylabel: str) -> Figure
     return figure
 
 
-def image_grid(
-    images: Sequence[Any], truths: Sequence[str], guesses: Mapping[str, Sequence[str]]
-) -> Figure:
+def image_grid(images: Sequence[Any], truths: Sequence[str], guesses: Mapping[str, Sequence[str]]) -> Figure:
     """Images under their true class, each network's guess below, wrong ones in red."""
     columns = min(6, len(images))
     rows = -(-len(images) // columns)

@@ -18,7 +18,7 @@ def check_float(x: Tensor) -> None:
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}; try torch.as_tensor(x)")
     if x.dtype not in _FLOATS:
         raise TypeError(
-            f"expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it, for example x.float()"
+            f"expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it, as with x.float()"
         )
 
 
@@ -57,7 +57,7 @@ def as_rows(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: where a row would be empty.
     """
-    inner = sorted(dims, key=lambda d: -x.stride(d))
+    inner = sorted(dims, key=lambda d: x.stride()[d], reverse=True)
     outer = [d for d in range(x.ndim) if d not in dims]
     n = 1
     for d in dims:

@@ -102,6 +102,6 @@ class _StraightThrough(torch.autograd.Function):
         return folding.approximate(x, scales)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, scales = ctx.saved_tensors
         return grad * ctx.estimator(x, scales, ctx.clamp), None, None, None

@@ -109,7 +109,7 @@ def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
             padding_mode=layer.padding_mode,
             device="meta",
             config=config,
-        )  # type: ignore[assignment]
+        )
     else:
         raise TypeError(
             f"{type(layer).__name__} has no quantized twin; those that do: "

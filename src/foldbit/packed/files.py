@@ -145,7 +145,8 @@ def check_tensors(
         tensor = given.tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise MismatchedModel(
-                f"{path}: {name} is {_kind(tensor.dtype, tensor.shape)}, the model expects {_kind(dtype, shape)}"
+                f"{path}: {name} is {_kind(tensor.dtype, tensor.shape)}, "
+                f"the model expects {_kind(dtype, shape)}"
             )
 
 
@@ -162,7 +163,8 @@ def _parse_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise CorruptPackedFile(f"{path}: the description is not an object with a version")
     if type(description["version"]) is not int or description["version"] != VERSION:
         raise UnsupportedVersion(
-            f"{path} has layout version {str(description['version'])[:40]}; this foldbit reads version {VERSION}"
+            f"{path} has layout version {str(description['version'])[:40]}; "
+            f"this foldbit reads version {VERSION}"
         )
     if set(description) != {"version", "architecture", "layers"}:
         raise CorruptPackedFile(f"{path}: the description has the entries {_some(sorted(description))}")

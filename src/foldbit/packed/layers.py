@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foldbit.core import folding, schemes, solvers
+from foldbit.core import schemes, solvers
 from foldbit.kernels import layout
 from foldbit.packed import ops
 from foldbit.packed.spec import LayerSpec

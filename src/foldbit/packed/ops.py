@@ -10,6 +10,8 @@ from torch import Tensor
 
 from foldbit.kernels import native
 
+# A pair as the dispatcher hands it over: a list or a tuple of two numbers.
+Pair = Sequence[int]
 
 torch.library.define(
     "foldbit::packed_conv",
@@ -24,10 +26,10 @@ def packed_conv(
     weight_scales: Tensor,
     activation_scales: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    out_size: Pair,
 ) -> Tensor:
     """Fold x into planes, convolve them with packed weights, scale and add the bias.
 
@@ -61,10 +63,10 @@ def _on_cpu(
     weight_scales: Tensor,
     activation_scales: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    out_size: Pair,
 ) -> Tensor:
     out = _output(x, weight_scales, out_size)
     native.conv(
@@ -73,10 +75,10 @@ def _on_cpu(
         weight_scales.numpy(),
         activation_scales.contiguous().numpy(),
         None if bias is None else bias.numpy(),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
-        out_size=tuple(out_size),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        out_size=(out_size[0], out_size[1]),
         out=out.permute(0, 2, 3, 1).numpy(),
         threads=torch.get_num_threads(),
     )
@@ -89,15 +91,15 @@ def _fake(
     weight_scales: Tensor,
     activation_scales: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    out_size: Pair,
 ) -> Tensor:
     return _output(x, weight_scales, out_size)
 
 
-def _output(x: Tensor, weight_scales: Tensor, out_size: Sequence[int]) -> Tensor:
+def _output(x: Tensor, weight_scales: Tensor, out_size: Pair) -> Tensor:
     shape = (x.shape[0], weight_scales.shape[1], *out_size)
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 

@@ -78,7 +78,7 @@ class LayerSpec:
             padding=(top, bottom, left, right),
             dilation=_pair(layer.dilation),
             groups=layer.groups,
-            padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+            padding_mode=layer.padding_mode,
             bias=layer.bias is not None,
             config=config,
         )
@@ -180,7 +180,9 @@ def _pair(sizes: Any) -> Pair:
 def _check_sizes(name: str, given: Any, count: int, *, at_least: int) -> None:
     ok = isinstance(given, list | tuple) and len(given) == count
     if not ok or not all(type(size) is int and at_least <= size <= _MAX_SIZE for size in given):
-        raise ValueError(f"{name} is {count} whole number(s) from {at_least} to {_MAX_SIZE}; got {_brief(given)}")
+        raise ValueError(
+            f"{name} is {count} whole number(s) from {at_least} to {_MAX_SIZE}; got {_brief(given)}"
+        )
 
 
 def _brief(value: Any) -> str:

@@ -76,7 +76,9 @@ class Outcome:
     finished: bool
 
 
-def train(recipe: Recipe, run: str | os.PathLike[str], *, images: datasets.ImageData | None = None) -> Outcome:
+def train(
+    recipe: Recipe, run: str | os.PathLike[str], *, images: datasets.ImageData | None = None
+) -> Outcome:
     """Train a recipe into a run folder, or go on where an earlier call was interrupted.
 
     Args:
@@ -130,7 +132,7 @@ def train(recipe: Recipe, run: str | os.PathLike[str], *, images: datasets.Image
                 "train_loss": progress.loss / progress.images,
                 "train_accuracy": progress.correct / progress.images,
                 "test_accuracy": accuracy(model, evaluation, accelerator),
-                "lr": schedule.get_last_lr()[0],
+                "lr": float(schedule.get_last_lr()[0]),
                 "seconds": time.monotonic() - began,
             }
             metrics.append(record)
@@ -172,7 +174,9 @@ def load_data(recipe: Recipe) -> datasets.ImageData:
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, images: datasets.ImageSet, normalize: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+def predictions(
+    model: nn.Module, images: datasets.ImageSet, normalize: tuple[Sequence[float], Sequence[float]]
+) -> Tensor:
     """The class that the model gives each image, int64 ``[N]``."""
     model.eval()
     loader = datasets.batches(images, 1000, shuffle=False, normalize=normalize)
@@ -254,11 +258,11 @@ def _check_finite(loss: Tensor, progress: Progress) -> None:
 def _interruptions() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C or SIGTERM comes; a second signal acts at once, as it would have."""
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def remember(number: int, _frame: object) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -268,8 +272,8 @@ def _interruptions() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught_signal, handler in before.items():
+            signal.signal(caught_signal, handler)
 
 
 def _claim(run: Path, recipe: Recipe) -> None:

@@ -91,7 +91,9 @@ def path_of(name: str) -> Path:
         ValueError: for an unknown name.
     """
     if name not in names():
-        raise ValueError(f"unknown recipe {name!r}; known are {', '.join(names())}, or give a file to --config")
+        raise ValueError(
+            f"unknown recipe {name!r}; known are {', '.join(names())}, or give a file to --config"
+        )
     return Path(str(resources.files("foldbit") / "recipes" / f"{name}.yaml"))
 
 
