@@ -32,6 +32,8 @@ def normalize(ndim: int, dim: Dims) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(ndim))
     given = (dim,) if isinstance(dim, int) else tuple(dim)
+    if ndim == 0 and all(d in (-1, 0) for d in given):
+        return ()  # a scalar has a dim to name, as in torch
     if not given:
         raise ValueError("dim is empty: name at least one dim to share scales over, or None for all")
     for d in given:
@@ -80,10 +82,10 @@ def spread(scales: Tensor, shape: Sequence[int], dims: tuple[int, ...]) -> Tenso
         ValueError: where the scales do not belong to such a tensor.
     """
     kept = kept_shape(shape, dims)
-    if scales.ndim != len(kept) + 1 or list(scales.shape[:-1]) != kept:
+    if scales.ndim != len(kept) + 1 or list(scales.shape[:-1]) != kept or scales.shape[-1] == 0:
         raise ValueError(
             f"scales of shape {tuple(scales.shape)} do not fit a tensor of shape {tuple(shape)} that shares "
-            f"scales over dim {dims}: expected {(*kept, 'k')}"
+            f"scales over dim {dims}: expected {(*kept, 'k')} with k ≥ 1"
         )
     planes_first = scales.movedim(-1, 0)
     for d in dims:

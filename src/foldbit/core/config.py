@@ -50,6 +50,9 @@ class QuantConfig:
     weight_estimator: str = "identity"
 
     def __post_init__(self) -> None:
+        for field in ("weight", "activation", "weight_estimator", "activation_estimator"):
+            if not isinstance(getattr(self, field), str):
+                raise TypeError(f"{field} is a name; got {getattr(self, field)!r}")
         schemes.parse(self.weight)
         schemes.parse(self.activation)
         _check_choice("granularity", self.granularity, get_args(WeightGranularity))
@@ -63,12 +66,9 @@ class QuantConfig:
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size is a number of input channels, at least 1; got {self.group_size!r}")
         if self.clamp is not None and not (
-            isinstance(self.clamp, int | float) and math.isfinite(self.clamp) and self.clamp > 0
+            type(self.clamp) in (int, float) and math.isfinite(self.clamp) and self.clamp > 0
         ):
             raise ValueError(f"clamp is a positive, finite number or None; got {self.clamp!r}")
-        for field in ("activation_estimator", "weight_estimator"):
-            if not isinstance(getattr(self, field), str):
-                raise TypeError(f"{field} is the name of an estimator; got {getattr(self, field)!r}")
 
     @property
     def name(self) -> str:

@@ -54,9 +54,10 @@ def unfold(planes: Tensor, scales: Tensor, dim: axes.Dims = -1) -> Tensor:
     """
     if planes.dtype != torch.bool:
         raise TypeError(f"planes are boolean, True where negative; got {planes.dtype}")
-    if planes.ndim == 0 or scales.shape[-1] != len(planes):
+    if planes.ndim == 0 or scales.shape[-1:] != planes.shape[:1]:
         raise ValueError(
-            f"{scales.shape[-1]} scales per row for planes of shape {tuple(planes.shape)}: expected [k, ...]"
+            f"scales of shape {tuple(scales.shape)} for planes of shape {tuple(planes.shape)}: "
+            "expected [..., k] and [k, ...]"
         )
     spread = axes.spread(scales, planes.shape[1:], axes.normalize(planes.ndim - 1, dim))
     spread = _at_least_float32(spread)
@@ -128,8 +129,6 @@ def quantize(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Quantized:
         tensor(0.0054, dtype=torch.float64)
     """
     scales = solvers.solve(x, scheme, dim)
-    if x.ndim == 0:
-        return Quantized(scales, torch.stack([n for n, _ in walk(x, scales)]), ())
     dims = axes.normalize(x.ndim, dim)
     return Quantized(scales, fold(x, scales, dims), dims)
 

@@ -55,8 +55,6 @@ def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
     axes.check_float(x)
     if scheme.is_float:
         raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick ls-1, ls-2, ls-T or gf-k")
-    if x.ndim == 0:
-        x = x.reshape(1)
     dims = axes.normalize(x.ndim, dim)
     rows = axes.as_rows(x.detach(), dims)
     if scheme.name in ("ls-2", "ls-T"):

@@ -86,7 +86,16 @@ class PackedLayer(nn.Module):
         return layer.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, in the dtype of x."""
+        """The layer's output, in the dtype of x.
+
+        Raises:
+            RuntimeError: in training mode, where a gradient would silently stop here.
+        """
+        if self.training and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "packed layers are for inference and pass no gradient on; train the quantized model, then pack it, "
+                "or call model.eval()"
+            )
         images = self._as_images(x)
         y = self._float_conv(images) if self.spec.config.activation == "fp" else self._bitwise_conv(images)
         return self._from_images(y, x).to(x.dtype)

@@ -70,7 +70,7 @@ def _on_cpu(
 ) -> Tensor:
     out = _output(x, weight_scales, out_size)
     native.conv(
-        x.numpy(),
+        x.detach().numpy(),  # in grad mode the float layers before make x require a gradient
         words.numpy().view(np.uint32),
         weight_scales.numpy(),
         activation_scales.contiguous().numpy(),

@@ -1,0 +1,56 @@
+# make demo    train, pack and run a network on real images; the page it writes is the quickest tour
+# make test    everything CI checks: ruff, mypy, pytest
+# make wheel   build sdist and wheel, and try the wheel where there is no compiler
+# make clean   remove the virtual environment and everything built
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The pinned versions to install with; empty it to take the newest that the package allows.
+CONSTRAINTS ?= -c constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test wheel clean setup data
+
+demo: setup data
+	@echo "== running the demo (about five minutes on two cores)"
+	$(BIN)/foldbit demo --folder runs/demo
+	@echo "== make demo: done"
+
+test: setup data
+	@echo "== ruff, mypy"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@echo "== pytest"
+	$(BIN)/pytest
+
+wheel: setup
+	bash tests/wheel_smoke.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .make build dist
+
+# A virtual environment with the package, its extras and the native core. The stamp is renewed when the sources
+# of the core or the list of dependencies change. Editable: Python sources are used as they lie here.
+setup: .make/setup
+
+.make/setup: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "== setting up $(VENV): torch, the tools, the native core (a few minutes, once)"
+	@command -v c++ >/dev/null || { echo "make: a C++ compiler is needed (Debian: apt-get install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
+	@mkdir -p .make && touch $@
+
+# Fashion-MNIST is a Debian package; where that cannot be had, foldbit looks elsewhere, and says so.
+data: .make/data
+
+.make/data:
+	@if [ -d /usr/share/datasets/fashion-mnist ]; then echo "== data: Debian's dataset-fashion-mnist is there"; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "== data: installing Debian's dataset-fashion-mnist"; \
+	  { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; } >/dev/null \
+	    || echo "== data: apt could not install it; the demo will try a download"; \
+	else echo "== data: no apt here, or not root; the demo will try a download"; fi
+	@mkdir -p .make && touch $@
