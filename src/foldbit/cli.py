@@ -144,7 +144,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         else:
             sub.add_function_arguments(command, as_positional=True, as_group=False)
         commands.add_subcommand(name, sub, help=about.partition("\n")[0])
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    parsed = parser.instantiate(parser.parse_args(arguments))
     name = parsed.subcommand
     options = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
     return {"subcommand": name, **options}

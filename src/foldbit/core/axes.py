@@ -72,7 +72,7 @@ def as_rows(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     rows = 1
     for d in outer:
         rows *= x.shape[d]
-    return x.permute(*outer, *inner).reshape(rows, n)
+    return x.permute((*outer, *inner)).reshape(rows, n)
 
 
 def spread(scales: Tensor, shape: Sequence[int], dims: tuple[int, ...]) -> Tensor:

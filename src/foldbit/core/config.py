@@ -66,7 +66,10 @@ class QuantConfig:
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size is a number of input channels, at least 1; got {self.group_size!r}")
         if self.clamp is not None and not (
-            type(self.clamp) in (int, float) and math.isfinite(self.clamp) and self.clamp > 0
+            isinstance(self.clamp, int | float)
+            and not isinstance(self.clamp, bool)
+            and math.isfinite(self.clamp)
+            and self.clamp > 0
         ):
             raise ValueError(f"clamp is a positive, finite number or None; got {self.clamp!r}")
 

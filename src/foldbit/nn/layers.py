@@ -117,14 +117,14 @@ def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
         )
     twin.weight = layer.weight
     twin.bias = layer.bias
-    twin.input_quantizer.to(layer.weight.device)
+    _add_quantizers(twin, config)  # again, now that the device is known
     return twin.train(layer.training)
 
 
 def _add_quantizers(layer: QuantLayer, config: QuantConfig) -> None:
     layer.config = config
     layer.weight_quantizer = WeightQuantizer(config, layer.weight.shape[1])
-    layer.input_quantizer = ActivationQuantizer(config)
+    layer.input_quantizer = ActivationQuantizer(config, device=layer.weight.device)
 
 
 def _quantize_input(layer: QuantLayer, x: Tensor, batched_ndim: int) -> Tensor:

@@ -69,11 +69,14 @@ class ActivationQuantizer(nn.Module):
     Args:
         config: its activation fields say how.
         momentum: the weight of the newest batch in the running scales.
+        device: where the running scales live.
     """
 
     running_scales: Tensor
 
-    def __init__(self, config: QuantConfig, momentum: float = 0.1) -> None:
+    def __init__(
+        self, config: QuantConfig, momentum: float = 0.1, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.scheme = schemes.parse(config.activation)
         self.clamp = config.clamp
@@ -83,11 +86,11 @@ class ActivationQuantizer(nn.Module):
         self.estimator = estimators.get(config.activation_estimator)
         self.seen = False
         if self.static:
-            self.register_buffer("running_scales", torch.zeros(self.scheme.planes))
+            self.register_buffer("running_scales", torch.zeros(self.scheme.planes, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """The input's approximation ``[N, ...]``, differentiable through clamp and estimator."""
-        if self.scheme.is_float:
+        if self.scheme.is_float or x.numel() == 0:
             return x
         if self.clamp is not None:
             x = x.clamp(-self.clamp, self.clamp)
@@ -119,7 +122,8 @@ class ActivationQuantizer(nn.Module):
         # A float checkpoint knows no running scales, and loading it strictly must work: none are seen then.
         key = prefix + "running_scales"
         if self.static and key not in state_dict:
-            state_dict[key] = torch.zeros_like(self.running_scales)
+            device = "cpu" if self.running_scales.is_meta else self.running_scales.device
+            state_dict[key] = torch.zeros(self.scheme.planes, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.static:
-            self.seen = bool(self.running_scales.any())
+            self.seen = not self.running_scales.is_meta and bool(self.running_scales.any())

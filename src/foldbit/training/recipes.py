@@ -116,7 +116,7 @@ def load(*paths: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
     try:
         given = parser.parse_args([*(f"--config={path}" for path in paths), *overrides])
         del given["config"]
-        return Recipe(**vars(parser.instantiate_classes(given)))
+        return Recipe(**vars(parser.instantiate(given)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"not a recipe: {', '.join(map(str, paths))}: {error}") from error
 
