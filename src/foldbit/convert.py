@@ -70,7 +70,7 @@ def quantize_(
         The same model.
 
     Raises:
-        TypeError: where the model itself is a layer, which cannot replace itself.
+        TypeError: where the model itself is a layer, which cannot replace itself, or a config is none.
         ValueError: where an override or a skipped name matches no layer, or a config does not fit one. The
             model is then unchanged.
     """
@@ -81,8 +81,13 @@ def quantize_(
             if type(model) in layers.TWINS
             else f"quantize_ changes layers inside a model; got a bare {type(model).__name__}"
         )
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config is a QuantConfig; got {type(config).__name__}")
     overrides = dict(overrides or {})
-    candidates = {name: m for name, m in model.named_modules() if type(m) in layers.TWINS}
+    reasons = _unsupported(model)
+    candidates = {
+        name: m for name, m in model.named_modules() if type(m) in layers.TWINS and name not in reasons
+    }
     _check_patterns(overrides, candidates)
     skipped = _skipped(skip, candidates)
     report = ConversionReport()
@@ -91,8 +96,8 @@ def quantize_(
         if name not in candidates:
             if isinstance(module, _QUANTIZED):
                 report.quantized[name] = module.config
-            elif reason := _unsupported(module):
-                report.left_float[name] = reason
+            elif name in reasons:
+                report.left_float[name] = reasons[name]
             continue
         chosen: QuantConfig | None = config
         reason = "its config is fp for weight and activation"
@@ -167,13 +172,17 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     A model of :mod:`foldbit.models` can be rebuilt from the file alone.
 
     Raises:
-        ValueError: where the model has quantized layers that are not packed yet, or no packed ones.
+        TypeError: where the model is itself a layer.
+        ValueError: where the model has quantized layers that are not packed yet, or no packed ones, or its
+            state dict holds anything but tensors.
     """
     files.write(path, packed_bytes(model))
 
 
 def packed_bytes(model: nn.Module) -> bytes:
     """The bytes that :func:`save_packed` writes."""
+    if isinstance(model, PackedLayer):
+        raise TypeError(f"a file holds layers of a model; wrap this {type(model).__name__} in nn.Sequential")
     unpacked = [name for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
     if unpacked:
         raise ValueError(f"layers not packed yet: {', '.join(unpacked[:5])}; call foldbit.pack_(model) first")
@@ -238,9 +247,15 @@ def _plan(
     path: str | os.PathLike[str], contents: files.Contents, model: nn.Module
 ) -> dict[nn.Module, LayerSpec]:
     """Which of the model's layers become packed ones, after checking that the whole file fits the model."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # the file has every name of a layer
     plan = {}
-    expected = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise files.MismatchedModel(
+            f"{path} holds tensors only; the model's state has {other[0]!r} besides"
+        )
+    expected = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
     for name, spec in contents.layers.items():
         module = modules.get(name)
         if not name or module is None:
@@ -268,12 +283,13 @@ def _build(path: str | os.PathLike[str], architecture: files.Architecture | None
         )
     try:
         return models.create(architecture.name, **architecture.kwargs)
-    except ValueError as error:
+    except Exception as error:  # a builder of the user's own may raise anything at a file's arguments
         raise files.MismatchedModel(f"{path}: {error}") from error
 
 
 def _spec_or_none(module: nn.Module, config: QuantConfig) -> LayerSpec | None:
-    return LayerSpec.of(module, config) if isinstance(module, _QUANTIZABLE) else None
+    ours = type(module) in layers.TWINS or isinstance(module, _QUANTIZED)
+    return LayerSpec.of(module, config) if ours else None
 
 
 def _packed_twin(layer: QuantLayer) -> PackedLayer:
@@ -330,10 +346,27 @@ def _skipped(skip: str | tuple[str, ...], candidates: Mapping[str, nn.Module]) -
     return {name: "named in skip" for name in skip}
 
 
-def _unsupported(module: nn.Module) -> str | None:
-    """Why a layer that holds a weight matrix is not quantizable, or None where there is nothing to say."""
-    if isinstance(module, _QUANTIZABLE):
-        return f"{type(module).__name__} is a subclass whose forward pass is its own"
-    if isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
-        return f"{type(module).__name__} has no quantized twin"
-    return None
+def _unsupported(model: nn.Module) -> dict[str, str]:
+    """Layers that hold a weight matrix and are not quantizable, with the reason."""
+    # Its fast path hands the weights of its linear layers to one kernel, past their own forward passes.
+    bypassed = {
+        child
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child in (module.linear1, module.linear2)
+    }
+    reasons = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, (*_QUANTIZED, PackedLayer)):
+            continue
+        if module in bypassed:
+            reasons[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
+        elif type(module) in layers.TWINS:
+            if "weight" not in module._parameters:
+                reasons[name] = "its weight is computed from other parameters, as weight_norm does"
+        elif isinstance(module, _QUANTIZABLE):
+            reasons[name] = f"{kind} is a subclass whose forward pass is its own"
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
+            reasons[name] = f"{kind} has no quantized twin"
+    return reasons

@@ -32,7 +32,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_BUILDERS))
 
 
-def create(name: str, **kwargs: Any) -> nn.Module:
+def create(name: str, /, **kwargs: Any) -> nn.Module:
     """Build a registered model. It remembers its name and arguments, so that files can hold them.
 
     Raises:

@@ -71,8 +71,15 @@ class Contents:
 
 
 def serialize(model: nn.Module, architecture: Architecture | None = None) -> bytes:
-    """The bytes of a packed model's file: a header, and every tensor of its state dict."""
-    layers = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    """The bytes of a packed model's file: a header, and every tensor of its state dict.
+
+    A layer that stands in several places is written once for each.
+
+    Raises:
+        ValueError: where the state dict holds anything but tensors.
+    """
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: m.spec.to_dict() for name, m in named if isinstance(m, PackedLayer)}
     description = {
         "version": VERSION,
         "architecture": None
@@ -80,8 +87,12 @@ def serialize(model: nn.Module, architecture: Architecture | None = None) -> byt
         else {"name": architecture.name, "kwargs": architecture.kwargs},
         "layers": layers,
     }
+    state = model.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"a packed file holds tensors only; this model's state has {_some(other)} besides")
     # Cloned, for safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
     return safetensors.torch.save(tensors, {"foldbit": json.dumps(description, separators=(",", ":"))})
 
 

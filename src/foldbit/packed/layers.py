@@ -93,8 +93,8 @@ class PackedLayer(nn.Module):
         """
         if self.training and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "packed layers are for inference and pass no gradient on; train the quantized model, then pack it, "
-                "or call model.eval()"
+                "packed layers are for inference and pass no gradient on; train the quantized model, then pack "
+                "it, or call model.eval()"
             )
         images = self._as_images(x)
         y = self._float_conv(images) if self.spec.config.activation == "fp" else self._bitwise_conv(images)
@@ -143,6 +143,8 @@ class PackedLayer(nn.Module):
         if self.input_scales is not None:
             return self.input_scales.expand(len(x), -1)
         scheme = schemes.parse(self.spec.config.activation)
+        if x.numel() == 0:
+            return x.new_zeros(len(x), scheme.planes, dtype=torch.float32)
         per_sample = self.spec.config.activation_granularity == "sample"
         scales = solvers.solve(x, scheme, tuple(range(1, x.ndim)) if per_sample else None)
         return scales.float().expand(len(x), -1)

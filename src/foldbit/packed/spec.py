@@ -109,10 +109,19 @@ class LayerSpec:
         return self.activation_planes > 0 and self.config.activation_scales == "static"
 
     def out_size(self, height: int, width: int) -> Pair:
-        """Height and width of the output for an input of that size."""
+        """Height and width of the output for an input of that size.
+
+        Raises:
+            ValueError: where the kernel is larger than the padded input.
+        """
         top, bottom, left, right = self.padding
         padded = (height + top + bottom, width + left + right)
         spans = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        if padded[0] < spans[0] or padded[1] < spans[1]:
+            raise ValueError(
+                f"the kernel spans {spans[0]}×{spans[1]}, but the input is only {padded[0]}×{padded[1]}, "
+                "padding included"
+            )
         return (
             (padded[0] - spans[0]) // self.stride[0] + 1,
             (padded[1] - spans[1]) // self.stride[1] + 1,
@@ -163,7 +172,7 @@ class LayerSpec:
             raise ValueError(f"config is a mapping; got {_brief(fields['config'])}")
         try:
             checked["config"] = QuantConfig.from_dict(fields["config"])
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:  # the latter from integers too large for a float
             raise ValueError(str(error)) from error
         spec = cls(**checked)
         if spec.weight_planes == 0:

@@ -26,7 +26,7 @@ class DataConfig:
     """Which images.
 
     Attributes:
-        name: ``fashion-mnist``, or scikit-learn's ``digits``.
+        name: fashion-mnist, or scikit-learn's digits.
         folder: where the data lie, looked at before anything else.
         download: whether they may be downloaded where they cannot be found.
         train_images: train on the first so many only; None for all.
@@ -43,18 +43,18 @@ class Recipe:
     """What to train and how.
 
     Attributes:
-        model: a registered model, such as ``resnet8-xnor``.
+        model: a registered model, such as resnet8-xnor.
         model_args: arguments of the model.
         quant: how to quantize it; None trains it in float.
         init: a run folder whose weights to start from, of the same model; None starts from random ones.
         data: which images.
         epochs: passes over the training images.
         batch_size: images a step.
-        optimizer: ``adam``, or ``sgd`` with Nesterov momentum .9.
+        optimizer: adam, or sgd with Nesterov momentum .9.
         lr: the peak learning rate.
         weight_decay: L2 penalty, as the optimizer applies it.
-        schedule: ``one-cycle`` (up, then down by cosine), ``linear`` (down to a thousandth) or ``constant``.
-        precision: ``no`` trains in float32, ``bf16`` in mixed precision.
+        schedule: one-cycle (up, then down by cosine), linear (down to a thousandth) or constant.
+        precision: no trains in float32, bf16 in mixed precision.
         seed: of initial weights and of the order of the images.
     """
 

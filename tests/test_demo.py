@@ -1,0 +1,82 @@
+"""The demo end to end, on a handful of images in Fashion-MNIST's own format."""
+
+import gzip
+import json
+import struct
+
+import pytest
+import torch
+
+import foldbit as fb
+from foldbit import demo
+from foldbit.training import data, loop
+
+
+def write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.numpy().tobytes()))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with the four files: scikit-learn's digits dressed up as Fashion-MNIST."""
+    folder = tmp_path_factory.mktemp("data")
+    digits = data.digits()
+    for part, images in (("train", digits.train), ("t10k", digits.test)):
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images.images[:, 0])
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", images.labels.to(torch.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    return demo.run(folder, data=str(images))
+
+
+def test_it_leaves_a_page_results_and_packed_networks(finished):
+    page = finished.read_text()
+    assert page.count('src="data:image/png;base64,') == 5
+    results = json.loads((finished.parent / "results.json").read_text())
+    assert list(results) == ["float", "W1A2", "W1AT", "W1A1"]
+    for name, result in results.items():
+        if name == "float":
+            continue
+        packed = finished.parent / f"{name}.safetensors"
+        assert result["file_bytes"] == packed.stat().st_size
+        assert result["agreement"] > 0.99 and result["compression"] > 10 and result["bits"] < 1.12
+        assert all(ratio > 0 for ratio in result["against_float"].values())
+        assert all(0 < share < 1 for share in result["not_bitwise"].values())
+        assert f"{result['accuracy']:.2%}" in page
+
+
+def test_the_accuracy_is_that_of_the_file(finished, images):
+    results = json.loads((finished.parent / "results.json").read_text())
+    found = data.fashion_mnist(images)
+    packed = fb.load_packed(finished.parent / "W1A1.safetensors")
+    right = loop.predictions(packed, found.test, (found.mean, found.std)) == found.test.labels
+    assert right.double().mean().item() == pytest.approx(results["W1A1"]["accuracy"])
+
+
+def test_it_takes_up_what_an_interrupted_call_trained(finished, images, monkeypatch, capsys):
+    (finished.parent / "results.json").unlink()
+    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    assert demo.run(finished.parent, data=str(images)) == finished
+    assert "open" in capsys.readouterr().out
+
+
+def test_it_deletes_nothing_of_others(tmp_path, images):
+    (tmp_path / "results.json").write_text("mine")
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "thesis.tex").write_text("mine, too")
+    with pytest.raises(loop.RunError, match="holds no run"):
+        demo.run(tmp_path, data=str(images))
+    assert (tmp_path / "float" / "thesis.tex").read_text() == "mine, too"
+
+
+def test_without_fashion_mnist_it_says_so_loudly(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "nothing")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "_train", lambda *_: pytest.fail("reached"))
+    with pytest.warns(data.DataFallback, match="DIGITS INSTEAD"), pytest.raises(pytest.fail.Exception):
+        demo.run(tmp_path / "demo", download=False)
