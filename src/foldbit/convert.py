@@ -252,9 +252,7 @@ def _plan(
     state = model.state_dict()
     other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if other:
-        raise files.MismatchedModel(
-            f"{path} holds tensors only; the model's state has {other[0]!r} besides"
-        )
+        raise files.MismatchedModel(f"{path} holds tensors only; the model's state has {other[0]!r} besides")
     expected = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
     for name, spec in contents.layers.items():
         module = modules.get(name)

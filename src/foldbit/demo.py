@@ -229,11 +229,8 @@ def _write_report(
     normalize = (images.mean, images.std)
     x, _ = next(iter(datasets.batches(images.test, 500, shuffle=False, normalize=normalize)))
     errors = {name: error.layer_errors(networks[name], x) for name in SCHEMES}
-    float_epochs = len(outcomes["float"].metrics)
-    histories = {
-        name: [{**r, "epoch": r["epoch"] + (0 if name == "float" else float_epochs)} for r in outcome.metrics]
-        for name, outcome in outcomes.items()
-    }
+    curves = {"float": _curve(outcomes["float"])}
+    curves |= {name: _curve(outcomes[name], after=curves["float"]) for name in SCHEMES}
     wrong_somewhere = torch.stack([g != images.test.labels for g in guesses.values()]).any(0)
     shown = torch.cat([(~wrong_somewhere).nonzero()[:6], wrong_somewhere.nonzero()[:6]]).flatten()
     classes = images.classes
@@ -264,7 +261,7 @@ def _write_report(
                 "Training",
                 [
                     report.Picture(
-                        report.training_curves(histories),
+                        report.training_curves(curves),
                         "The quantized networks start from the float network's weights, where its line ends.",
                     )
                 ],
@@ -277,7 +274,7 @@ def _write_report(
                             {n: {e.name: e.activation for e in per_layer} for n, per_layer in errors.items()},
                             "‖x − x̂‖² / ‖x‖² of the input",
                         ),
-                        "What a layer loses of its input. Two bits lose about a third of what one bit loses.",
+                        "What a layer loses of its input: two bits a third to a half of what one bit does.",
                     ),
                     report.Picture(
                         report.error_bars(
@@ -303,6 +300,17 @@ def _write_report(
             ),
             report.Section("The packed W1A2 network", [_summary_table(networks["W1A2"], x[:1])]),
         ],
+    )
+
+
+def _curve(outcome: loop.Outcome, after: report.Curve | None = None) -> report.Curve:
+    """A training's curve; after another one, its accuracy starts where the other's ends."""
+    start = [] if after is None else [after.accuracy[-1]]
+    before = start[0][0] if start else 0
+    steps_an_epoch = outcome.losses[-1]["step"] / outcome.metrics[-1]["epoch"]
+    return report.Curve(
+        start + [(before + r["epoch"], r["test_accuracy"]) for r in outcome.metrics],
+        [(before + r["step"] / steps_an_epoch, r["loss"]) for r in outcome.losses],
     )
 
 

@@ -25,11 +25,12 @@ class LayerSummary:
     Attributes:
         name, kind: the layer's name in the model, and its class.
         input_bits: bits of an input value as the layer's arithmetic takes it.
-        output_shape: of one forward pass.
+        output_shape: of its last call in one forward pass.
         parameters: how many numbers of each bit width the layer stores.
         memory: bytes of the layer's tensors in a packed file.
         float_memory: bytes of its float twin's tensors.
-        macs: multiply-accumulates of one forward pass, by precision: ``"W1A2"``, or ``"float"``.
+        macs: multiply-accumulates of one forward pass, all calls together, by precision: ``"W1A2"``, or
+            ``"float"``.
         plane_macs: binary ones that its bitwise kernel does: MACs × weight planes × input planes.
     """
 
@@ -145,7 +146,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
     x = input_size if isinstance(input_size, Tensor) else _zeros(model, input_size)
     shapes = _output_shapes(model, x)
     rows = tuple(
-        _summarise(name, module, shapes.get(module, ()))
+        _summarise(name, module, shapes.get(module, []))
         for name, module in model.named_modules()
         if _own_tensors(module)
     )
@@ -156,7 +157,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
     return Summary(rows, convert.packed_size(model), left_float)
 
 
-def _summarise(name: str, module: nn.Module, output_shape: tuple[int, ...]) -> LayerSummary:
+def _summarise(name: str, module: nn.Module, output_shapes: list[torch.Size]) -> LayerSummary:
     own = _own_tensors(module)
     memory = sum(t.numel() * t.element_size() for t in own)
     parameters = Counter({_FLOAT_BITS: sum(t.numel() for t in own)})
@@ -175,12 +176,12 @@ def _summarise(name: str, module: nn.Module, output_shape: tuple[int, ...]) -> L
         if spec.activation_planes:
             precision = spec.config.name
             plane_macs = spec.weight_planes * spec.activation_planes
-    count = _macs(module, spec, output_shape)
+    count = _macs(module, spec, output_shapes)
     return LayerSummary(
         name or "(model)",
         type(module).__name__,
         input_bits,
-        output_shape,
+        tuple(output_shapes[-1]) if output_shapes else (),
         parameters,
         memory,
         float_memory,
@@ -189,9 +190,9 @@ def _summarise(name: str, module: nn.Module, output_shape: tuple[int, ...]) -> L
     )
 
 
-def _macs(module: nn.Module, spec: LayerSpec | None, output_shape: tuple[int, ...]) -> int:
+def _macs(module: nn.Module, spec: LayerSpec | None, output_shapes: list[torch.Size]) -> int:
     """One multiply-accumulate for every output value and every weight it sees."""
-    outputs = torch.Size(output_shape).numel() if output_shape else 0
+    outputs = sum(shape.numel() for shape in output_shapes)
     if spec is not None:
         return outputs * spec.channels * spec.kernel_size[0] * spec.kernel_size[1]
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -219,12 +220,13 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *buffers]
 
 
-def _output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[int, ...]]:
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
+def _output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, list[torch.Size]]:
+    """What each module puts out, call by call: a module may stand in several places."""
+    shapes: dict[nn.Module, list[torch.Size]] = {}
 
     def remember(module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
-            shapes[module] = tuple(output.shape)
+            shapes.setdefault(module, []).append(output.shape)
 
     handles = [module.register_forward_hook(remember) for module in model.modules()]
     training = {module: module.training for module in model.modules()}

@@ -12,10 +12,10 @@ from foldbit.analysis import error, report
 
 @pytest.fixture
 def page(tmp_path):
-    history = [{"epoch": e, "train_loss": 1 / e, "test_accuracy": 1 - 0.5 / e} for e in (1, 2)]
+    curve = report.Curve([(1, 0.5), (2, 0.75)], [(0.5, 2.0), (1.0, 1.0), (2.0, 0.5)])
     pictures = [
         report.accuracy_against_size({"float": (1000.0, 0.9), "W1A2": (80.0, 0.88)}),
-        report.training_curves({"float": history, "W1A1": history}),
+        report.training_curves({"float": curve, "W1A1": curve}),
         report.error_bars({"W1A2": {"a": 0.1, "b": 0.2}, "W1A1": {"a": 0.3, "b": 0.4}}, "error"),
         report.image_grid(np.zeros((7, 28, 28)), ["x"] * 7, {"float": ["x"] * 7, "W1A1": ["y"] * 7}),
     ]

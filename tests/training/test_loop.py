@@ -1,4 +1,4 @@
-"""The loop: it learns, stops at any step, goes on as if nothing had happened, and refuses what does not fit."""
+"""The loop learns, stops at any step, goes on as if nothing had happened, and refuses what does not fit."""
 
 import dataclasses
 import json
@@ -85,6 +85,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, dig
         assert torch.equal(second.model.state_dict()[key], value), key
     for a, b in zip(without_time(whole.metrics), without_time(second.metrics), strict=True):
         assert a == pytest.approx(b, rel=1e-12)
+    for a, b in zip(whole.losses, second.losses, strict=True):
+        assert a == pytest.approx(b, rel=1e-12)
+    assert [loss["step"] for loss in whole.losses] == [
+        20,
+        22,
+        42,
+        44,
+    ]  # every 20 steps, and at an epoch's end
 
 
 def test_a_second_interruption_acts_at_once(tmp_path, monkeypatch, digits):
@@ -106,7 +114,7 @@ def test_signals_are_as_before_afterwards(float_run, digits):
 def test_records_after_the_checkpoint_are_dropped(float_run, tmp_path, digits):
     run, _ = float_run
     records = (run / "metrics.jsonl").read_text()
-    kept = loop._metrics_until(run, 1)
+    kept = loop._records_until(run / "metrics.jsonl", "epoch", 1)
     assert [record["epoch"] for record in kept] == [1]
     (run / "metrics.jsonl").write_text(records)
 

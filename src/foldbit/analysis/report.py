@@ -30,6 +30,7 @@ h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .35rem .8rem }
 th { border-bottom: 2px solid #444; text-align: right; vertical-align: bottom }
 td { border-bottom: 1px solid #ddd; text-align: right } td:first-child, th:first-child { text-align: left }
+td { white-space: nowrap }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 }
 figcaption, .note { color: #555; font-size: .92rem }
 .scroll { overflow-x: auto }
@@ -98,18 +99,22 @@ def accuracy_against_size(points: Mapping[str, tuple[float, float]]) -> Figure:
     return figure
 
 
-def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Test accuracy and training loss over epochs, a line a network.
+@dataclass(frozen=True)
+class Curve:
+    """A training: test accuracy at some epochs, mean training loss at some more (both may start late)."""
 
-    A history is a list of records with ``epoch``, ``train_loss``, ``test_accuracy``; epochs may start late,
-    where a network starts from another's weights.
-    """
+    accuracy: Sequence[tuple[float, float]]
+    loss: Sequence[tuple[float, float]]
+
+
+def training_curves(curves: Mapping[str, Curve]) -> Figure:
+    """Test accuracy and training loss over epochs, a line a network."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for name, history in histories.items():
-        epochs = [record["epoch"] for record in history]
-        style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "label": name}
-        left.plot(epochs, [record["test_accuracy"] for record in history], **style)
-        right.plot(epochs, [record["train_loss"] for record in history], **style)
+    for name, curve in curves.items():
+        colour = COLOURS.get(name)
+        left.plot(*zip(*curve.accuracy, strict=True), marker="o", color=colour, label=name)
+        right.plot(*zip(*curve.loss, strict=True), color=colour, label=name, linewidth=1.2)
+    right.set_yscale("log")
     left.set_ylabel("test accuracy")
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     right.set_ylabel("training loss (cross-entropy)")
@@ -133,7 +138,8 @@ def error_bars(errors: Mapping[str, Mapping[str, float]], ylabel: str) -> Figure
         )
     axes.set_xticks(range(len(layers)), layers, rotation=20, ha="right")
     axes.set_ylabel(ylabel)
-    axes.legend()
+    axes.set_ylim(top=1.25 * max(max(per_layer.values()) for per_layer in errors.values()))
+    axes.legend(ncols=len(errors), loc="upper right")
     return figure
 
 
@@ -141,9 +147,8 @@ def image_grid(images: Sequence[Any], truths: Sequence[str], guesses: Mapping[st
     """Images under their true class, each network's guess below, wrong ones in red."""
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(1.6 * columns, rows * (1.75 + 0.19 * len(guesses))), layout="constrained"
-    )
+    figure, grid = pyplot.subplots(rows, columns, figsize=(1.6 * columns, rows * (1.9 + 0.22 * len(guesses))))
+    figure.set_layout_engine("constrained", hspace=0.06)
     for axes in grid.flat:
         axes.axis("off")
     for i, (axes, image) in enumerate(zip(grid.flat, images, strict=False)):

@@ -99,7 +99,7 @@ def _two_planes_by_sorting(rows: Tensor) -> Tensor:
     gain = torch.where(high_count > 0, drop.square() / (low_count * high_count.clamp(min=1)), 0)
     place = gain.argmax(1, keepdim=True)
     drop = torch.where(place == n - 1, 0, drop.gather(1, place))
-    low = mean - drop / (place + 1)
+    low = (mean - drop / (place + 1)).clamp(min=0)  # where all is 0, rounding may leave less
     high = mean + drop / (n - 1 - place).clamp(min=1)
     return torch.cat([high + low, (high - low).clamp(min=0)], 1) * (unit / 2)
 

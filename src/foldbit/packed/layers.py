@@ -93,8 +93,8 @@ class PackedLayer(nn.Module):
         """
         if self.training and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "packed layers are for inference and pass no gradient on; train the quantized model, then pack "
-                "it, or call model.eval()"
+                "packed layers are for inference and pass no gradient on; train the quantized model, "
+                "then pack it, or call model.eval()"
             )
         images = self._as_images(x)
         y = self._float_conv(images) if self.spec.config.activation == "fp" else self._bitwise_conv(images)

@@ -4,7 +4,8 @@ A run folder holds
 
     config.yaml       the recipe
     metrics.jsonl     a line an epoch
-    tensorboard/      the same and more, as curves
+    losses.jsonl      a line every 20 steps, and at an epoch's end: the mean training loss since the last
+    tensorboard/      both, as curves
     checkpoint/       the newest state: model.safetensors, optimizer, schedule, random numbers, progress
 
 A checkpoint is written after every epoch and when training is interrupted, under a temporary name and then
@@ -18,7 +19,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from foldbit.training import data as datasets
 from foldbit.training import recipes
 from foldbit.training.recipes import Recipe
 
+_LOG_EVERY = 20  # steps
+
 
 class RunError(ValueError):
     """A run folder cannot be used as asked."""
@@ -44,13 +47,15 @@ class RunError(ValueError):
 
 @dataclass
 class Progress:
-    """Where training stands: finished epochs, steps into the next one, and its sums so far."""
+    """Where training stands: finished epochs, steps into the next one, its sums so far, and those logged."""
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
     correct: float = 0.0
     images: int = 0
+    logged_loss: float = 0.0
+    logged_images: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
@@ -68,11 +73,13 @@ class Outcome:
     Attributes:
         model: the network, in evaluation mode, with the newest weights.
         metrics: a record an epoch, as in metrics.jsonl.
+        losses: a record every 20 steps, as in losses.jsonl.
         finished: False where it was interrupted.
     """
 
     model: nn.Module
     metrics: list[dict[str, float]]
+    losses: list[dict[str, float]]
     finished: bool
 
 
@@ -113,8 +120,18 @@ def train(
     accelerator.register_for_checkpointing(schedule, progress)
     if (run / "checkpoint").exists():
         accelerator.load_state(str(run / "checkpoint"))
-    metrics = _metrics_until(run, progress.epoch)
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=progress.epoch + 1)
+    steps_done = progress.epoch * len(loader) + progress.step
+    metrics = _records_until(run / "metrics.jsonl", "epoch", progress.epoch)
+    losses = _records_until(run / "losses.jsonl", "step", steps_done)
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=steps_done + 1)
+
+    def log_loss(loss: float) -> None:
+        record = {"step": progress.epoch * len(loader) + progress.step, "loss": loss}
+        losses.append(record)
+        if accelerator.is_main_process:
+            _append(run / "losses.jsonl", record)
+            writer.add_scalar("loss", loss, record["step"])
+
     evaluation = accelerator.prepare(
         datasets.batches(images.test, 1000, shuffle=False, normalize=normalize)
     )  # one epoch's order is any other's
@@ -122,7 +139,9 @@ def train(
     with _interruptions() as interrupted:
         while progress.epoch < recipe.epochs:
             began = time.monotonic()
-            _train_epoch(accelerator, model, loader, optimizer, schedule, progress, recipe, interrupted)
+            _train_epoch(
+                accelerator, model, loader, optimizer, schedule, progress, recipe, interrupted, log_loss
+            )
             if interrupted:
                 _save(accelerator, run)
                 print(f"interrupted in epoch {progress.epoch + 1}; the same command goes on from {run}")
@@ -144,12 +163,12 @@ def train(
                 )
                 _append(run / "metrics.jsonl", record)
                 for name, value in record.items():
-                    writer.add_scalar(name, value, record["epoch"])
+                    writer.add_scalar(name, value, (progress.epoch + 1) * len(loader))
             progress.load_state_dict({**Progress().state_dict(), "epoch": progress.epoch + 1})
             _save(accelerator, run)
     writer.close()
     finished = progress.epoch >= recipe.epochs
-    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, finished)
+    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished)
 
 
 def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
@@ -204,6 +223,7 @@ def _train_epoch(
     progress: Progress,
     recipe: Recipe,
     interrupted: list[int],
+    log_loss: Callable[[float], None],
 ) -> None:
     """Train to the end of the epoch, or to the end of the step in which an interruption came."""
     model.train()
@@ -221,6 +241,7 @@ def _train_epoch(
     # Sums stay tensors until somebody looks, so that no step waits for the device.
     loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     correct = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    logged_loss, logged_images = progress.logged_loss, progress.logged_images
     for x, labels in bar:
         logits = model(x)
         loss = F.cross_entropy(logits, labels)
@@ -232,18 +253,20 @@ def _train_epoch(
         correct += (logits.detach().argmax(1) == labels).sum()
         progress.step += 1
         progress.images += len(labels)
-        if progress.step % 20 == 0:
+        if progress.step % _LOG_EVERY == 0 or progress.step == len(loader):
             _check_finite(loss, progress)
-            seen = progress.images
+            total, seen = progress.loss + loss_sum.item(), progress.images
+            log_loss((total - logged_loss) / (seen - logged_images))
+            logged_loss, logged_images = total, seen
             bar.set_postfix(
-                loss=f"{(progress.loss + loss_sum.item()) / seen:.3f}",
-                accuracy=f"{(progress.correct + correct.item()) / seen:.1%}",
+                loss=f"{total / seen:.3f}", accuracy=f"{(progress.correct + correct.item()) / seen:.1%}"
             )
         if interrupted:
             break
     _check_finite(loss_sum, progress)
     progress.loss += loss_sum.item()
     progress.correct += correct.item()
+    progress.logged_loss, progress.logged_images = logged_loss, logged_images
 
 
 def _check_finite(loss: Tensor, progress: Progress) -> None:
@@ -325,11 +348,10 @@ def _append(path: Path, record: dict[str, float]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _metrics_until(run: Path, epoch: int) -> list[dict[str, float]]:
-    """The records up to a checkpoint's epoch; a kill may have left a later one, which is dropped."""
-    path = run / "metrics.jsonl"
+def _records_until(path: Path, key: str, last: int) -> list[dict[str, float]]:
+    """The records up to a checkpoint's epoch or step; a kill may have left later ones, which are dropped."""
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [record for record in records if record["epoch"] <= epoch]
+    kept = [record for record in records if record[key] <= last]
     if len(kept) < len(records):
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
     return kept
