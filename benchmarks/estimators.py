@@ -30,10 +30,11 @@ VARIANTS = [
     ("scaled", "identity", None),
     ("scaled", "identity", 2.0),
     ("scaled", "identity", 3.0),
+    ("scaled", "polynomial", 3.0),
     ("polynomial", "identity", None),
     ("polynomial", "identity", 3.0),
-    ("clipped", "clipped", None),
-    ("scaled", "polynomial", 3.0),
+    ("polynomial", "polynomial", None),
+    ("polynomial", "polynomial", 3.0),
 ]
 
 

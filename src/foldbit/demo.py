@@ -23,6 +23,7 @@ from foldbit.summary import summary
 from foldbit.tables import nbytes, table
 from foldbit.training import data as datasets
 from foldbit.training import loop
+from foldbit.training.images import ImageData, batches
 from foldbit.training.recipes import DataConfig, Recipe
 
 FLOAT = Recipe(model="resnet8-xnor", epochs=2, lr=1e-2)
@@ -113,19 +114,17 @@ def run(
     return page
 
 
-def _train(name: str, recipe: Recipe, folder: Path, images: datasets.ImageData) -> loop.Outcome:
+def _train(name: str, recipe: Recipe, folder: Path, images: ImageData) -> loop.Outcome:
     start = "" if recipe.init is None else ", from the float weights"
     print(f"\ntraining {name} ({recipe.epochs} epochs{start})".replace("1 epochs", "1 epoch"), flush=True)
     return loop.train(recipe, folder / name, images=images)
 
 
-def _choose_threads(recipe: Recipe, images: datasets.ImageData) -> str:
+def _choose_threads(recipe: Recipe, images: ImageData) -> str:
     """Train on as many threads as pay, and say which machine this is."""
     model = loop.recipes.build(recipe)
     normalize = (images.mean, images.std)
-    x, labels = next(
-        iter(datasets.batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize))
-    )
+    x, labels = next(iter(batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize)))
 
     def step() -> None:
         nn.functional.cross_entropy(model(x), labels).backward()
@@ -138,7 +137,7 @@ def _choose_threads(recipe: Recipe, images: datasets.ImageData) -> str:
 
 @torch.no_grad()
 def _measure(
-    name: str, network: nn.Module, float_network: nn.Module, images: datasets.ImageData, folder: Path
+    name: str, network: nn.Module, float_network: nn.Module, images: ImageData, folder: Path
 ) -> tuple[Result, Tensor]:
     normalize = (images.mean, images.std)
     guesses = loop.predictions(network, images.test, normalize)
@@ -151,7 +150,7 @@ def _measure(
     convert.save_packed(packed, path)
     packed = convert.load_packed(path)  # what is measured from here on is what the file holds
     packed_guesses = loop.predictions(packed, images.test, normalize)
-    x, _ = next(iter(datasets.batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
+    x, _ = next(iter(batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
     against_float, against_unpacked, not_bitwise = {}, {}, {}
     for batch in (1, _BATCH):
         candidates = {"packed": packed, "float": float_network, "unpacked": network}
@@ -220,14 +219,14 @@ def _table(results: dict[str, Result]) -> str:
 
 def _write_report(
     page: Path,
-    images: datasets.ImageData,
+    images: ImageData,
     networks: dict[str, nn.Module],
     outcomes: dict[str, loop.Outcome],
     results: dict[str, Result],
     guesses: dict[str, Tensor],
 ) -> None:
     normalize = (images.mean, images.std)
-    x, _ = next(iter(datasets.batches(images.test, 500, shuffle=False, normalize=normalize)))
+    x, _ = next(iter(batches(images.test, 500, shuffle=False, normalize=normalize)))
     errors = {name: error.layer_errors(networks[name], x) for name in SCHEMES}
     curves = {"float": _curve(outcomes["float"])}
     curves |= {name: _curve(outcomes[name], after=curves["float"]) for name in SCHEMES}

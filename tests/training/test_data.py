@@ -17,8 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from foldbit.training import data
-from foldbit.training.data import DataError, DataFallback, ImageData, ImageSet
+from foldbit.training import data, images
+from foldbit.training import idx as idx_files
+from foldbit.training.data import DataFallback
+from foldbit.training.idx import DataError
+from foldbit.training.images import ImageData, ImageSet
 
 HALF = ((0.5,), (0.25,))
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data.FILES
@@ -107,7 +110,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=6)), st.booleans())
 def test_idx_round_trip(scratch: Path, array: np.ndarray, zipped: bool) -> None:
     scratch.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
-    read = data.read_idx(scratch)
+    read = idx_files.read_idx(scratch)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, array)
 
@@ -119,7 +122,7 @@ def test_idx_round_trip(scratch: Path, array: np.ndarray, zipped: bool) -> None:
 def test_idx_of_arbitrary_bytes_is_read_or_refused(scratch: Path, rest: bytes, start: bytes) -> None:
     scratch.write_bytes(start + rest)
     try:
-        assert data.read_idx(scratch).size >= 1
+        assert idx_files.read_idx(scratch).size >= 1
     except DataError as error:
         assert str(scratch) in str(error)
 
@@ -151,7 +154,7 @@ def test_idx_refuses(tmp_path: Path, content: bytes, message: str, zipped: bool)
     path = tmp_path / "some-file"
     path.write_bytes(gzip.compress(content) if zipped else content)
     with pytest.raises(DataError) as caught:
-        data.read_idx(path)
+        idx_files.read_idx(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -164,12 +167,12 @@ def test_idx_refuses_damaged_gzip(tmp_path: Path) -> None:
     for content in (whole[:-20], whole[:5], bytes(flipped), whole + b"rubbish", whole[:10] + b"\xff" * 50):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"file\.gz is a damaged or truncated gzip"):
-            data.read_idx(path)
+            idx_files.read_idx(path)
 
 
 def test_idx_name_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "plain.gz").write_bytes(idx(ARRAY))
-    np.testing.assert_array_equal(data.read_idx(tmp_path / "plain.gz"), ARRAY)
+    np.testing.assert_array_equal(idx_files.read_idx(tmp_path / "plain.gz"), ARRAY)
 
 
 def test_idx_reads_no_more_than_the_header_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,26 +189,26 @@ def test_idx_reads_no_more_than_the_header_claims(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(gzip.GzipFile, "read", counting)
     with pytest.raises(DataError, match="bytes left"):
-        data.read_idx(path)
+        idx_files.read_idx(path)
     assert unzipped < 200
 
 
 def test_idx_limit(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(idx(ARRAY))
-    assert data.read_idx(path, most_bytes=12).size == 12
+    assert idx_files.read_idx(path, most_bytes=12).size == 12
     with pytest.raises(DataError, match="expected 1 to 11"):
-        data.read_idx(path, most_bytes=11)
+        idx_files.read_idx(path, most_bytes=11)
 
 
 def test_idx_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent: no such file"):
-        data.read_idx(tmp_path / "absent")
+        idx_files.read_idx(tmp_path / "absent")
     with pytest.raises(DataError, match="but a folder"):
-        data.read_idx(tmp_path)
+        idx_files.read_idx(tmp_path)
     os.mkfifo(tmp_path / "pipe")  # opening it would wait forever
     with pytest.raises(DataError, match="no such file"):
-        data.read_idx(tmp_path / "pipe")
+        idx_files.read_idx(tmp_path / "pipe")
 
 
 # Image sets
@@ -495,12 +498,12 @@ def indices(loader: object) -> list[list[int]]:
 
 
 def test_batches_hold_normalized_images() -> None:
-    images = torch.randint(0, 256, (5, 2, 4, 3), dtype=torch.uint8)
+    values = torch.randint(0, 256, (5, 2, 4, 3), dtype=torch.uint8)
     mean, std = (0.25, 0.5), (0.5, 0.125)
-    loader = data.batches(ImageSet(images, torch.arange(5)), 2, shuffle=True, normalize=(mean, std))
+    loader = images.batches(ImageSet(values, torch.arange(5)), 2, shuffle=True, normalize=(mean, std))
     for batch, labels in loader:
         assert batch.dtype == torch.float32 and labels.dtype == torch.int64
-        expected = (images[labels].double() / 255 - torch.tensor(mean).reshape(2, 1, 1)) / torch.tensor(
+        expected = (values[labels].double() / 255 - torch.tensor(mean).reshape(2, 1, 1)) / torch.tensor(
             std
         ).reshape(2, 1, 1)
         torch.testing.assert_close(batch.double(), expected, rtol=0, atol=1e-6)
@@ -509,18 +512,18 @@ def test_batches_hold_normalized_images() -> None:
 
 
 def test_batches_cover_everything_once() -> None:
-    in_order = data.batches(image_set(10), 4, shuffle=False, normalize=HALF)
+    in_order = images.batches(image_set(10), 4, shuffle=False, normalize=HALF)
     assert indices(in_order) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert len(data.batches(image_set(10), 4, shuffle=False, normalize=HALF, drop_last=True)) == 2
+    assert len(images.batches(image_set(10), 4, shuffle=False, normalize=HALF, drop_last=True)) == 2
     shuffled = [
-        i for batch in indices(data.batches(image_set(50), 4, shuffle=True, normalize=HALF)) for i in batch
+        i for batch in indices(images.batches(image_set(50), 4, shuffle=True, normalize=HALF)) for i in batch
     ]
     assert shuffled != list(range(50))
     assert sorted(shuffled) == list(range(50))
 
 
 def order(seed: int, epoch: int) -> list[int]:
-    sampler = data.EpochSampler(range(50), seed)
+    sampler = images.EpochSampler(range(50), seed)
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -533,34 +536,34 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     orders = {tuple(order(seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
     # Runs of today are resumed by versions of tomorrow.
-    assert list(data.EpochSampler(range(8), 0)) == [4, 1, 3, 5, 0, 2, 6, 7]
+    assert list(images.EpochSampler(range(8), 0)) == [4, 1, 3, 5, 0, 2, 6, 7]
 
 
 def test_a_pass_leaves_the_global_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    indices(data.batches(image_set(), 4, shuffle=True, normalize=HALF))
+    indices(images.batches(image_set(), 4, shuffle=True, normalize=HALF))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_refuse() -> None:
     for size in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="batch_size is a whole number, at least 1"):
-            data.batches(image_set(), size, shuffle=False, normalize=HALF)  # type: ignore[arg-type]
+            images.batches(image_set(), size, shuffle=False, normalize=HALF)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="drop_last leaves nothing of 10 images"):
-        data.batches(image_set(), 11, shuffle=False, normalize=HALF, drop_last=True)
+        images.batches(image_set(), 11, shuffle=False, normalize=HALF, drop_last=True)
     with pytest.raises(DataError, match="one each for 3 channels"):
-        data.batches(image_set(channels=3), 2, shuffle=False, normalize=HALF)
+        images.batches(image_set(channels=3), 2, shuffle=False, normalize=HALF)
     with pytest.raises(ValueError, match="seed is a whole number"):
-        data.batches(image_set(), 2, shuffle=True, seed=-1, normalize=HALF)
+        images.batches(image_set(), 2, shuffle=True, seed=-1, normalize=HALF)
     with pytest.raises(ValueError, match="epoch is a whole number"):
-        data.EpochSampler(range(3)).set_epoch(-1)
+        images.EpochSampler(range(3)).set_epoch(-1)
 
 
 def test_accelerate_keeps_the_order() -> None:
     accelerate = pytest.importorskip("accelerate")
 
-    def loader() -> torch.utils.data.DataLoader:
-        return data.batches(image_set(22), 4, shuffle=True, seed=7, normalize=HALF)
+    def loader() -> torch.utils.images.DataLoader:
+        return images.batches(image_set(22), 4, shuffle=True, seed=7, normalize=HALF)
 
     def plain(epoch: int) -> list[list[int]]:
         expected = loader()
@@ -580,7 +583,7 @@ def test_accelerate_shares_out_the_order(process: int) -> None:
     pytest.importorskip("accelerate")
     from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
-    loader = data.batches(image_set(24), 4, shuffle=True, seed=7, normalize=HALF)
+    loader = images.batches(image_set(24), 4, shuffle=True, seed=7, normalize=HALF)
     loader.sampler.set_epoch(5)  # type: ignore[attr-defined]
     expected = indices(loader)[process::2]
     prepared = prepare_data_loader(loader, num_processes=2, process_index=process)

@@ -1,39 +1,32 @@
-"""Images to learn from: Fashion-MNIST wherever it can be had, scikit-learn's digits, and batches of either.
+"""Data sets: Fashion-MNIST wherever it can be had, and scikit-learn's digits.
 
-Files from outside are hostile until they are checked: :func:`read_idx` believes no header, and a
-download is written to disk only once its contents are the published ones.
+A download is written to disk only once its contents are the published ones.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
 import importlib.util
 import io
-import math
 import os
 import struct
 import urllib.request
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from foldbit.packed import files
+from foldbit.training.idx import AnyPath, DataError, read_idx, read_stream
+from foldbit.training.images import ImageData, ImageSet, statistics
 
 Name = Literal["fashion-mnist", "digits"]
-AnyPath = str | os.PathLike[str]
-Normalize = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation, each per channel
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -62,79 +55,8 @@ CLASSES = (
 )
 
 
-class DataError(ValueError):
-    """A data set cannot be had, or is not what it should be. The message names the file."""
-
-
 class DataFallback(UserWarning):
     """Another data set than the one asked for is used: its numbers must not pass for the other's."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images and their classes.
-
-    Attributes:
-        images: uint8 ``[N, C, H, W]``.
-        labels: int64 ``[N]``, from 0.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or 0 in self.images.shape:
-            raise DataError(f"images are uint8 [N, C, H, W], none of them 0; got {_kind(self.images)}")
-        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise DataError(f"labels are int64 [N]; got {_kind(self.labels)}")
-        if len(self.images) != len(self.labels):
-            raise DataError(f"{len(self.images)} images, but {len(self.labels)} labels: expected one each")
-        if self.labels.min() < 0:
-            raise DataError(f"labels count from 0; got {int(self.labels.min())}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, chosen: slice | Tensor) -> ImageSet:
-        """The images that a slice, or a tensor of indices or booleans, chooses."""
-        return ImageSet(self.images[chosen], self.labels[chosen])
-
-
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A data set for classification.
-
-    Attributes:
-        name: its name, as :func:`load` takes it.
-        train: what to learn from.
-        test: what to report on.
-        classes: the name of each label.
-        mean: of the training images' values / 255, per channel.
-        std: their standard deviation, likewise.
-        source: where it was found, in words.
-    """
-
-    name: str
-    train: ImageSet
-    test: ImageSet
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str
-
-    def __post_init__(self) -> None:
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise DataError(
-                f"{self.name}: images of training and test differ in shape: "
-                f"{list(self.train.images.shape[1:])} and {list(self.test.images.shape[1:])}"
-            )
-        for which, image_set in (("train", self.train), ("test", self.test)):
-            if image_set.labels.max() >= len(self.classes):
-                raise DataError(
-                    f"{self.name}: a {which} label is {int(image_set.labels.max())}; "
-                    f"labels of {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
-                )
-        _check_statistics(self.mean, self.std, self.train.images.shape[1])
 
 
 def load(
@@ -244,185 +166,6 @@ def digits() -> ImageData:
         is_test[(both.labels == digit).nonzero().flatten()[::5]] = True
     classes = tuple("0123456789")
     return _image_data("digits", both[~is_test], both[is_test], classes, "scikit-learn's bundled digits")
-
-
-class EpochSampler(Sampler[int]):
-    """Shuffles, in an order that only the seed and the epoch decide.
-
-    Any epoch can be repeated, or resumed, without those before it. As with torch's DistributedSampler,
-    :meth:`set_epoch` comes before an epoch's first batch. A loader that accelerate has prepared passes
-    ``loader.set_epoch(epoch)`` on to here, and counts its own epochs where it is not called. To resume
-    within an epoch, call it on the prepared loader and skip batches afterwards: on several processes,
-    what ``skip_first_batches`` returns does not pass it on.
-
-    Args:
-        data: what to draw from; only its length matters.
-        seed: at least 0.
-    """
-
-    def __init__(self, data: Sized, seed: int = 0) -> None:
-        _check_count("seed", seed)
-        self.data = data
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order that the next pass takes."""
-        _check_count("epoch", epoch)
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[int]:
-        # Mixed, not added: the orders of seed 0 would otherwise be those of seed 1, one epoch late.
-        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        yield from torch.randperm(len(self), generator=generator).tolist()
-
-
-def batches(
-    image_set: ImageSet,
-    batch_size: int,
-    *,
-    shuffle: bool,
-    seed: int = 0,
-    normalize: Normalize,
-    drop_last: bool = False,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A loader of ``(images float32 [B, C, H, W], labels int64 [B])``.
-
-    A batch is taken from memory at once, not image by image: 128 of Fashion-MNIST's take 0.05 ms, so that
-    no worker processes are needed.
-
-    Args:
-        image_set: what to draw from.
-        batch_size: images a batch.
-        shuffle: whether to shuffle; the loader's ``sampler`` is then an :class:`EpochSampler`.
-        seed: of the order.
-        normalize: mean and standard deviation per channel, of values / 255, as :class:`ImageData` has
-            them: images become (values / 255 - mean) / std.
-        drop_last: leave out a last batch that is not full.
-
-    Raises:
-        ValueError: where an argument is out of range, or ``drop_last`` leaves nothing.
-    """
-    _check_count("batch_size", batch_size, least=1)
-    if drop_last and len(image_set) < batch_size:
-        raise ValueError(
-            f"drop_last leaves nothing of {len(image_set)} images in batches of {batch_size}; "
-            "take smaller batches or keep the last"
-        )
-    return DataLoader(
-        _Normalized(image_set, *normalize),
-        batch_size=batch_size,
-        sampler=EpochSampler(image_set, seed) if shuffle else None,
-        collate_fn=_as_is,
-        drop_last=drop_last,
-        # Its own, though nothing is drawn from it: a pass over the loader would otherwise advance torch's
-        # global random numbers, and an evaluation or a resumed epoch change what training draws next.
-        generator=torch.Generator(),
-    )
-
-
-class _Normalized(Dataset[tuple[Tensor, Tensor]]):
-    """An image set whose ``__getitems__`` returns a whole batch, not a list of samples to collate."""
-
-    def __init__(self, image_set: ImageSet, mean: Sequence[float], std: Sequence[float]) -> None:
-        channels = image_set.images.shape[1]
-        _check_statistics(mean, std, channels)
-        self.image_set = image_set
-        # (x / 255 - mean) / std, as one multiplication and one addition.
-        deviation = torch.tensor(std, dtype=torch.float64).reshape(channels, 1, 1)
-        self.factor = (1 / (255 * deviation)).float()
-        self.offset = (-torch.tensor(mean, dtype=torch.float64).reshape(channels, 1, 1) / deviation).float()
-
-    def __len__(self) -> int:
-        return len(self.image_set)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(indices)
-        images = self.image_set.images.index_select(0, chosen).float()
-        return images.mul_(self.factor).add_(self.offset), self.image_set.labels.index_select(0, chosen)
-
-
-def _as_is(batch: Any) -> Any:
-    # A named function, for worker processes could not be sent a lambda.
-    return batch
-
-
-def read_idx(path: AnyPath, *, most_bytes: int = 2**30) -> np.ndarray:
-    """Read an IDX file, plain or gzipped, whatever its name says: the format of MNIST and its relatives.
-
-    Two zero bytes, the code of the type (8, unsigned bytes, is the only one read), the number of
-    dimensions, each size as a big-endian uint32, then the values. Memory grows with what is really there,
-    up to what the header says and never beyond ``most_bytes``.
-
-    Args:
-        path: the file.
-        most_bytes: refuse a file that claims more values.
-
-    Returns:
-        uint8, with the 1 to 4 dimensions of the file.
-
-    Raises:
-        DataError: where there is no such file, or anything about it is wrong.
-    """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file" + (", but a folder" if path.is_dir() else ""))
-        with path.open("rb") as file:
-            return _read_stream(file, str(path), most_bytes)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _read_stream(file: BinaryIO, name: str, most_bytes: int) -> np.ndarray:
-    zipped = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    if not zipped:
-        return _parse_idx(file, name, most_bytes)
-    try:
-        with gzip.GzipFile(fileobj=file) as unzipped:
-            return _parse_idx(cast(BinaryIO, unzipped), name, most_bytes)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{name} is a damaged or truncated gzip file: {error}") from error
-
-
-def _parse_idx(stream: BinaryIO, name: str, most_bytes: int) -> np.ndarray:
-    magic = stream.read(4)
-    if len(magic) < 4 or magic[:2] != b"\0\0":
-        raise DataError(
-            f"{name} is not an IDX file: it starts with {magic.hex(' ') or 'nothing'}, expected 00 00 08 "
-            "and the number of dimensions"
-        )
-    dtype, ndim = magic[2:]
-    if dtype != 8:
-        raise DataError(f"{name} holds values of IDX type 0x{dtype:02x}; only 0x08, unsigned bytes, is read")
-    if not 1 <= ndim <= 4:
-        raise DataError(f"{name} claims {ndim} dimensions; expected 1 to 4")
-    header = stream.read(4 * ndim)
-    if len(header) < 4 * ndim:
-        raise DataError(f"{name} is truncated: it ends within its header")
-    sizes = struct.unpack(f">{ndim}I", header)
-    expected = math.prod(sizes)
-    claim = f"{' x '.join(map(str, sizes))} values"
-    if not 1 <= expected <= most_bytes:
-        raise DataError(f"{name} claims {claim}; expected 1 to {most_bytes:,}")
-    data = bytearray()
-    # One byte more is asked for than should be there, to notice it.
-    while chunk := stream.read(min(2**20, expected + 1 - len(data))):
-        data += chunk
-        if len(data) > expected:
-            raise DataError(f"{name} has bytes left after the {claim} that its header claims")
-    if len(data) < expected:
-        raise DataError(f"{name} is truncated: its header claims {claim}, it holds {len(data)}")
-    return np.frombuffer(data, np.uint8).reshape(sizes)
 
 
 _MOST_VALUES = 2**26  # in one of the four files; the largest published one holds 47 million
@@ -541,7 +284,7 @@ def _download_file(url: str, path: Path, published: str) -> None:
                     raise DataError(f"{url} sends more than {_MOST_DOWNLOADED:,} bytes")
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url} cannot be had: {error}") from error
-    given = _digest(_read_stream(io.BytesIO(data), url, _MOST_VALUES))
+    given = _digest(read_stream(io.BytesIO(data), url, _MOST_VALUES))
     if given != published:
         raise DataError(
             f"{url} is not the published file: its contents have SHA-256 {given}, not {published}"
@@ -568,35 +311,5 @@ def _progress(title: str, total: int | None) -> Iterator[Callable[[int], object]
 def _image_data(
     name: str, train: ImageSet, test: ImageSet, classes: tuple[str, ...], source: str
 ) -> ImageData:
-    mean, std = _statistics(train.images)
+    mean, std = statistics(train.images)
     return ImageData(name, train, test, classes, mean, std, source)
-
-
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of values / 255 per channel, exactly, from how often each value occurs."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (share * values).sum()
-        means.append(float(mean))
-        deviations.append(float((share * (values - mean).square()).sum().sqrt()))
-    return tuple(means), tuple(deviations)
-
-
-def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    finite = all(map(math.isfinite, (*mean, *std)))
-    if len(mean) != channels or len(std) != channels or not finite or min(std) <= 0:
-        raise DataError(
-            f"mean and std are finite, std positive, one each for {channels} channels; "
-            f"got mean {tuple(mean)}, std {tuple(std)}"
-        )
-
-
-def _check_count(name: str, given: object, least: int = 0) -> None:
-    if type(given) is not int or given < least:
-        raise ValueError(f"{name} is a whole number, at least {least}; got {given!r}")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

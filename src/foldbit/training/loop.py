@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from foldbit.training import data as datasets
 from foldbit.training import recipes
+from foldbit.training.images import ImageData, ImageSet, batches
 from foldbit.training.recipes import Recipe
 
 _LOG_EVERY = 20  # steps
@@ -83,9 +84,7 @@ class Outcome:
     finished: bool
 
 
-def train(
-    recipe: Recipe, run: str | os.PathLike[str], *, images: datasets.ImageData | None = None
-) -> Outcome:
+def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | None = None) -> Outcome:
     """Train a recipe into a run folder, or go on where an earlier call was interrupted.
 
     Args:
@@ -107,9 +106,9 @@ def train(
         _start_from(model, Path(recipe.init))
     train_set = images.train
     if recipe.data.train_images is not None:
-        train_set = datasets.ImageSet(*(t[: recipe.data.train_images] for t in vars(train_set).values()))
+        train_set = train_set[: recipe.data.train_images]
     normalize = (images.mean, images.std)
-    loader = datasets.batches(
+    loader = batches(
         train_set, recipe.batch_size, shuffle=True, seed=recipe.seed, normalize=normalize, drop_last=True
     )
     optimizer = _optimizer(recipe, model)
@@ -133,7 +132,7 @@ def train(
             writer.add_scalar("loss", loss, record["step"])
 
     evaluation = accelerator.prepare(
-        datasets.batches(images.test, 1000, shuffle=False, normalize=normalize)
+        batches(images.test, 1000, shuffle=False, normalize=normalize)
     )  # one epoch's order is any other's
 
     with _interruptions() as interrupted:
@@ -186,7 +185,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
     return model.eval(), recipe
 
 
-def load_data(recipe: Recipe) -> datasets.ImageData:
+def load_data(recipe: Recipe) -> ImageData:
     """The recipe's images."""
     folder = None if recipe.data.folder is None else Path(recipe.data.folder)
     return datasets.load(recipe.data.name, folder, download=recipe.data.download)
@@ -194,11 +193,11 @@ def load_data(recipe: Recipe) -> datasets.ImageData:
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, images: datasets.ImageSet, normalize: tuple[Sequence[float], Sequence[float]]
+    model: nn.Module, images: ImageSet, normalize: tuple[Sequence[float], Sequence[float]]
 ) -> Tensor:
     """The class that the model gives each image, int64 ``[N]``."""
     model.eval()
-    loader = datasets.batches(images, 1000, shuffle=False, normalize=normalize)
+    loader = batches(images, 1000, shuffle=False, normalize=normalize)
     return torch.cat([model(x).argmax(1) for x, _ in loader])
 
 
