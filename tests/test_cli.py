@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TINY = "--model_args.widths=[8,8,16] --data.name=digits --batch_size=64 --lr=0.01".split()
+TINY = ["--model_args.widths=[8,8,16]", "--data.name=digits", "--batch_size=64", "--lr=0.01"]
 
 
 def foldbit(*arguments, cwd=None, check=True):

@@ -46,7 +46,7 @@ class QuantConfig:
     activation_scales: ActivationScales = "dynamic"
     activation_granularity: ActivationGranularity = "sample"
     clamp: float | None = None
-    activation_estimator: str = "scaled"
+    activation_estimator: str = "polynomial"
     weight_estimator: str = "identity"
 
     def __post_init__(self) -> None:
