@@ -111,7 +111,7 @@ def _ternary_by_sorting(rows: Tensor) -> Tensor:
     tail = magnitudes.cumsum(1)
     place = (tail.square() / count).argmax(1, keepdim=True)
     level = tail.gather(1, place) / (place + 1)
-    return (level * (unit / 2)).expand(-1, 2)
+    return (level * (unit / 2)).repeat(1, 2)
 
 
 _BY_SORTING = {"ls-2": _two_planes_by_sorting, "ls-T": _ternary_by_sorting}

@@ -6,6 +6,7 @@ differ by float rounding only.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -141,13 +142,13 @@ class PackedLayer(nn.Module):
     def _input_scales(self, x: Tensor) -> Tensor:
         """The input's scales, float32 ``[N, k]``."""
         if self.input_scales is not None:
-            return self.input_scales.expand(len(x), -1)
+            return self.input_scales.expand(x.shape[0], -1)
         scheme = schemes.parse(self.spec.config.activation)
         if x.numel() == 0:
-            return x.new_zeros(len(x), scheme.planes, dtype=torch.float32)
+            return x.new_zeros(x.shape[0], scheme.planes, dtype=torch.float32)
         per_sample = self.spec.config.activation_granularity == "sample"
         scales = solvers.solve(x, scheme, tuple(range(1, x.ndim)) if per_sample else None)
-        return scales.float().expand(len(x), -1)
+        return scales.float().expand(x.shape[0], -1)
 
     def _float_conv(self, x: Tensor) -> Tensor:
         spec = self.spec
@@ -223,11 +224,17 @@ class PackedLinear(PackedLayer):
     def _as_images(self, x: Tensor) -> Tensor:
         self._check_input(x, tuple(range(1, max(x.ndim, 1) + 1)), -1, "[N, ..., C] or [C]")
         samples = x.shape[0] if x.ndim > 1 else 1
-        places = x.shape[1:-1].numel() if x.ndim > 1 else 1
+        places = math.prod(x.shape[1:-1])
         return x.reshape(samples, places, x.shape[-1]).transpose(1, 2).unsqueeze(3)
 
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], self.spec.out_channels)
+
+    def _float_conv(self, x: Tensor) -> Tensor:
+        # As a product, for a convolution refuses images without pixels.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x.squeeze(3).transpose(1, 2), self.weight().flatten(1).to(x.dtype), bias)
+        return y.transpose(1, 2).unsqueeze(3)
 
 
 _KINDS: dict[str, type[PackedLayer]] = {

@@ -114,6 +114,8 @@ class LayerSpec:
         Raises:
             ValueError: where the kernel is larger than the padded input.
         """
+        if self.kind == "linear":
+            return height, width  # of which there may be none
         top, bottom, left, right = self.padding
         padded = (height + top + bottom, width + left + right)
         spans = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
@@ -156,8 +158,9 @@ class LayerSpec:
             raise ValueError(f"a layer has the fields {', '.join(names)}; got {_brief(fields)}")
         choices = {"kind": get_args(Kind), "padding_mode": get_args(PaddingMode), "bias": (True, False)}
         for name, allowed in choices.items():
-            if not any(fields[name] is value or fields[name] == value for value in allowed):
-                raise ValueError(f"{name} is one of {allowed}; got {_brief(fields[name])}")
+            given = fields[name]
+            if not any(type(given) is type(value) and given == value for value in allowed):
+                raise ValueError(f"{name} is one of {allowed}; got {_brief(given)}")
         checked = dict(fields)
         for name in ("in_channels", "out_channels", "groups"):
             _check_sizes(name, [fields[name]], 1, at_least=1)

@@ -1,0 +1,75 @@
+"""torch.compile and torch.export see through the core, and give what eager code gives."""
+
+import pytest
+import torch
+
+import foldbit as fb
+from foldbit.core import solvers
+
+SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-1", "gf-3"]
+
+
+class Everything(torch.nn.Module):
+    """All functions and several schemes and dims in one graph, for compiling takes seconds."""
+
+    def forward(self, x):
+        results = []
+        for scheme in SCHEMES:
+            scales = fb.solve(x, scheme, (1, -1))
+            planes = fb.fold(x, scales, (1, -1))
+            results += [scales, planes, fb.unfold(planes, scales, (1, -1))]
+            results.append(fb.quantize(x, scheme).values())
+        q = fb.quantize(x, "ls-2", dim=None)
+        return [*results, q.scales, q.values(), q.error(x)]
+
+
+def data(n):
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 5, 3, 7, dtype=torch.float64, generator=generator)
+
+
+def check(got, x):
+    expected = Everything()(x)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+def test_compile():
+    torch.compiler.reset()
+    check(torch.compile(Everything(), backend="aot_eager", fullgraph=True)(data(4)), data(4))
+
+
+def test_compile_with_inductor():
+    torch.compiler.reset()
+    x = data(2).float()
+    compiled = torch.compile(lambda x: fb.quantize(x, "ls-2").values(), fullgraph=True)
+    try:
+        got = compiled(x)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"inductor cannot compile here: {error}")
+    torch.testing.assert_close(got, fb.quantize(x, "ls-2").values())
+
+
+def test_export_of_any_batch_size():
+    exported = torch.export.export(Everything(), (data(4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for n in [4, 1, 6]:
+        check(exported.module()(data(n)), data(n))
+
+
+def test_tracing_sorts_and_takes_nothing_from_the_native_core(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("traced code reached for a tensor's memory")
+
+    monkeypatch.setattr(solvers.native, "solve_rows", refuse)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: fb.solve(x, "ls-2"), backend=backend, fullgraph=True)(data(2))
+    (graph,) = graphs
+    assert "sort" in graph.code and "solve_rows" not in graph.code

@@ -1,0 +1,294 @@
+"""Weight and activation quantizers: who shares scales with whom, and where scales come from."""
+
+import copy
+
+import pytest
+import torch
+
+import foldbit as fb
+from foldbit.nn.quantizers import ActivationQuantizer, WeightQuantizer
+
+SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-3"]
+SHAPES = [(6, 12), (6, 12, 5), (6, 12, 3, 3), (1, 12), (6, 12, 1, 1)]
+
+
+def lattice(*shape, seed=0):
+    """Sixty-fourths, whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-100, 100, shape, generator=generator).double() / 64
+
+
+def static(scheme="ls-2", **fields):
+    return fb.QuantConfig(activation=scheme, activation_scales="static", **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights
+
+GRANULARITIES = [("tensor", None), ("channel", None), ("group", 12), ("group", 4), ("group", 1)]
+
+
+def slices(weight, granularity, group_size):
+    """The parts of a weight that share scales, as pairs of indices."""
+    if granularity == "tensor":
+        return [(slice(None), slice(None))]
+    step = group_size or weight.shape[1]
+    return [(o, slice(i, i + step)) for o in range(len(weight)) for i in range(0, weight.shape[1], step)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_slice_is_quantized_as_if_alone(scheme, granularity, group_size, shape):
+    weight = lattice(*shape)
+    quantizer = WeightQuantizer(
+        fb.QuantConfig(weight=scheme, granularity=granularity, group_size=group_size), shape[1]
+    )
+    planes, scales = quantizer.codes(weight)
+    count = 1 if group_size is None else shape[1] // group_size
+    k = len(planes)
+    assert planes.shape == (k, *shape) and planes.dtype == torch.bool
+    assert scales.shape == (k, len(weight), count)
+    values = quantizer(weight)
+    assert values.shape == weight.shape and values.dtype == weight.dtype
+    for out, channels in slices(weight, granularity, group_size):
+        alone = fb.quantize(weight[out, channels].clone(), scheme, None)
+        torch.testing.assert_close(values[out, channels], alone.values(), rtol=1e-12, atol=1e-12)
+        segment = 0 if group_size is None else channels.start // group_size
+        own = scales[:, out, segment].reshape(k, -1)
+        torch.testing.assert_close(own, alone.scales[:, None].expand_as(own), rtol=1e-12, atol=1e-12)
+    # What packing keeps is what training computes.
+    segmented = planes.unflatten(2, (count, -1))
+    signed = torch.where(segmented, -1.0, 1.0) * scales.reshape(
+        k, len(weight), count, *[1] * (len(shape) - 1)
+    )
+    torch.testing.assert_close(signed.sum(0).flatten(1, 2), values, rtol=1e-12, atol=1e-12)
+
+
+def test_finer_granularities_are_no_worse():
+    weight = lattice(16, 32, 3, 3) * torch.logspace(-1, 1, 16)[:, None, None, None]
+    for scheme in ["ls-1", "ls-2", "ls-T"]:
+        errors = []
+        for granularity, group_size in [*GRANULARITIES[:2], ("group", 8), ("group", 1)]:
+            config = fb.QuantConfig(weight=scheme, granularity=granularity, group_size=group_size)
+            errors.append(float((WeightQuantizer(config, 32)(weight) - weight).square().sum()))
+        assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+
+
+def test_float_weights_pass_untouched():
+    weight = torch.randn(4, 6)
+    assert WeightQuantizer(fb.QuantConfig(weight="fp"), 6)(weight) is weight
+
+
+def test_groups_must_divide_the_channels():
+    config = fb.QuantConfig(granularity="group", group_size=5)
+    with pytest.raises(
+        ValueError, match=r"group_size 5 does not divide the 12 input channels .*pick a divisor"
+    ):
+        WeightQuantizer(config, 12)
+    assert WeightQuantizer(config, 15).segments == 3
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+def test_weights_get_their_estimators_gradient(granularity, group_size):
+    grad = lattice(6, 12, 3, 3, seed=1)
+    for estimator in ["identity", "clipped"]:
+        weight = lattice(6, 12, 3, 3).requires_grad_()
+        config = fb.QuantConfig(
+            granularity=granularity, group_size=group_size, weight_estimator=estimator, clamp=0.1
+        )
+        WeightQuantizer(config, 12)(weight).backward(grad)
+        expected = grad if estimator == "identity" else grad * (weight.detach().abs() <= 1)
+        assert torch.equal(weight.grad, expected)
+
+
+def test_scaled_windows_use_the_slices_own_scale_and_no_clamp():
+    weight = torch.tensor([[1.0, 1.0, 1.0, 13.0], [10.0, 10.0, 10.0, 13.0]], requires_grad=True)
+    config = fb.QuantConfig(weight="ls-1", weight_estimator="scaled", clamp=0.5)
+    WeightQuantizer(config, 4)(weight).sum().backward()  # v = 4 and 10.75
+    assert weight.grad.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dynamic activation scales
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (4, 3, 8), (4, 3, 5, 6), (1, 3, 5, 6)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_per_sample(scheme, shape):
+    quantizer = ActivationQuantizer(fb.QuantConfig(activation=scheme))
+    x = lattice(*shape)
+    expected = torch.stack([fb.quantize(sample, scheme, None).values() for sample in x])
+    for mode in [True, False]:
+        torch.testing.assert_close(quantizer.train(mode)(x), expected, rtol=1e-12, atol=1e-12)
+    # An output depends on no other sample.
+    crowd = torch.cat([100 * lattice(3, *shape[1:], seed=1), x])
+    torch.testing.assert_close(quantizer(crowd)[3:], expected, rtol=1e-12, atol=1e-12)
+    assert not list(quantizer.state_dict())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_per_tensor(scheme):
+    quantizer = ActivationQuantizer(fb.QuantConfig(activation=scheme, activation_granularity="tensor"))
+    x = lattice(4, 3, 5, 6)
+    expected = fb.quantize(x, scheme, None).values()
+    for mode in [True, False]:
+        assert torch.equal(quantizer.train(mode)(x), expected)
+    assert not torch.equal(quantizer(torch.cat([x, 9 * x]))[:4], expected)
+
+
+def test_channels_last_samples():
+    quantizer = ActivationQuantizer(fb.QuantConfig())
+    x = lattice(4, 3, 5, 6)
+    assert torch.equal(quantizer(x.to(memory_format=torch.channels_last)), quantizer(x))
+
+
+def test_float_activations_pass_untouched():
+    x = torch.randn(4, 6)
+    for scales in ["dynamic", "static"]:
+        quantizer = ActivationQuantizer(fb.QuantConfig(activation="fp", activation_scales=scales, clamp=0.1))
+        assert quantizer(x) is x and not list(quantizer.buffers())
+
+
+@pytest.mark.parametrize("config", [fb.QuantConfig(activation_granularity="tensor"), static()])
+def test_empty_batches(config):
+    quantizer = ActivationQuantizer(config)
+    assert quantizer(torch.empty(0, 3, 4)).shape == (0, 3, 4)
+    assert not quantizer.seen
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Clamp
+
+
+@pytest.mark.parametrize("granularity", ["sample", "tensor"])
+def test_inputs_are_clamped_before_they_are_quantized(granularity):
+    config = fb.QuantConfig(activation_granularity=granularity, clamp=1.0)
+    free = fb.QuantConfig(activation_granularity=granularity)
+    x = 3 * lattice(4, 50)
+    expected = ActivationQuantizer(free)(x.clamp(-1, 1))
+    assert torch.equal(ActivationQuantizer(config)(x), expected)
+    assert not torch.equal(ActivationQuantizer(free)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("limit", [2.0, 0.3])
+def test_what_the_clamp_cuts_gets_no_gradient_and_all_else_does(limit, dtype):
+    x = torch.tensor(
+        [[-5.0, -limit, -limit / 2, 0.0, limit / 3, limit, 3.0]], dtype=dtype, requires_grad=True
+    )
+    ActivationQuantizer(fb.QuantConfig(clamp=limit, activation_estimator="scaled"))(x).sum().backward()
+    inside = x.detach().abs() <= torch.tensor(limit, dtype=dtype)
+    assert torch.equal(x.grad, inside.to(dtype))
+
+
+def test_without_a_clamp_the_limit_is_three_first_scales():
+    x = torch.tensor([[0.1, -0.2, 0.1, 0.2, -0.1, 0.1, 0.2, -8.0], [4.0] * 8], requires_grad=True)
+    v = fb.solve(x, "ls-2")
+    ActivationQuantizer(fb.QuantConfig(activation_estimator="scaled"))(x).sum().backward()
+    assert torch.equal(x.grad, (x.abs() <= 3 * v[:, :1]).float())
+    x = torch.tensor([[0.1] * 40 + [-8.0]], requires_grad=True)
+    config = fb.QuantConfig(activation="ls-1", activation_estimator="scaled")
+    ActivationQuantizer(config)(x).sum().backward()
+    assert x.grad.tolist() == [[1.0] * 40 + [0.0]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Static activation scales
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_running_scales(scheme):
+    quantizer = ActivationQuantizer(static(scheme), momentum=0.25)
+    first, second, third = (lattice(8, 5, seed=s).float() * (s + 1) for s in range(3))
+    # Training uses the batch's own scales, over all samples together.
+    assert torch.equal(quantizer(first), fb.quantize(first, scheme, None).values())
+    running = fb.solve(first, scheme, None)
+    torch.testing.assert_close(quantizer.running_scales, running, rtol=1e-6, atol=1e-7)  # taken over whole
+    assert torch.equal(quantizer(second), fb.quantize(second, scheme, None).values())
+    running = 0.75 * running + 0.25 * fb.solve(second, scheme, None)
+    torch.testing.assert_close(quantizer.running_scales, running, rtol=1e-6, atol=1e-7)
+    # Evaluation uses the running ones, and leaves them.
+    before = quantizer.eval().running_scales.clone()
+    expected = fb.unfold(fb.fold(third, before, None), before, None)
+    torch.testing.assert_close(quantizer(third), expected)
+    assert torch.equal(quantizer.running_scales, before)
+    torch.testing.assert_close(quantizer(third[:1]), expected[:1])  # whoever else is in the batch
+    assert not torch.equal(expected, fb.quantize(third, scheme, None).values())
+
+
+def test_the_clamp_comes_before_the_running_scales():
+    quantizer = ActivationQuantizer(static(clamp=0.5))
+    x = lattice(8, 5).float()
+    quantizer(x)
+    torch.testing.assert_close(quantizer.running_scales, fb.solve(x.clamp(-0.5, 0.5), "ls-2", None))
+
+
+def test_fresh_static_scales_are_the_inputs_own():
+    quantizer = ActivationQuantizer(static()).eval()
+    x = lattice(8, 5)
+    assert not quantizer.seen and not quantizer.running_scales.any()
+    assert torch.equal(quantizer(x), fb.quantize(x, "ls-2", None).values())
+    assert not quantizer.seen and not quantizer.running_scales.any()
+
+
+def test_static_scales_carry_no_gradient_and_let_the_inputs_through():
+    quantizer = ActivationQuantizer(static(clamp=1.0, activation_estimator="scaled"))
+    for mode in [True, False]:
+        quantizer.train(mode)
+        x = lattice(8, 5).requires_grad_()
+        quantizer(x).sum().backward()
+        assert torch.equal(x.grad, (x.abs() <= 1).double())
+    assert not quantizer.running_scales.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_static_scales_of_other_dtypes(dtype):
+    quantizer = ActivationQuantizer(static())
+    x = lattice(8, 5).to(dtype)
+    assert quantizer(x).dtype == dtype
+    assert quantizer.running_scales.dtype == torch.float32
+    assert quantizer.eval()(x).dtype == dtype
+    quantizer.to(dtype).train()
+    assert quantizer(x).dtype == quantizer.running_scales.dtype == dtype
+    torch.testing.assert_close(quantizer.running_scales, fb.solve(x, "ls-2", None))
+
+
+def test_saved_loaded_and_copied_scales_are_remembered():
+    x = lattice(8, 5).float()
+    quantizer = ActivationQuantizer(static())
+    quantizer(x)
+    quantizer.eval()
+    assert list(quantizer.state_dict()) == ["running_scales"]
+    loaded = ActivationQuantizer(static()).eval()
+    loaded.load_state_dict(quantizer.state_dict())
+    for other in [loaded, copy.deepcopy(quantizer)]:
+        assert other.seen and torch.equal(other.running_scales, quantizer.running_scales)
+        assert torch.equal(other(3 * x), quantizer(3 * x))
+        other.train()(2 * x)  # averaged in, for it is not the first
+        expected = 0.9 * quantizer.running_scales + 0.1 * fb.solve(2 * x, "ls-2", None)
+        torch.testing.assert_close(other.running_scales, expected)
+    # Unseen scales stay unseen.
+    loaded.load_state_dict(ActivationQuantizer(static()).state_dict())
+    assert not loaded.seen
+
+
+def test_loading_inserts_nothing_into_the_callers_dict():
+    empty = {}
+    quantizer = ActivationQuantizer(static())
+    quantizer(lattice(8, 5).float())
+    quantizer.load_state_dict(empty)
+    assert empty == {} and not quantizer.seen
+
+
+def test_scales_of_another_scheme_are_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for running_scales"):
+        ActivationQuantizer(static("gf-3")).load_state_dict(ActivationQuantizer(static()).state_dict())
+
+
+def test_reprs():
+    assert "ls-2, dynamic per sample, clamp=None" in repr(ActivationQuantizer(fb.QuantConfig()))
+    assert "ls-T, static, clamp=2.0" in repr(ActivationQuantizer(static("ls-T", clamp=2.0)))
+    config = fb.QuantConfig(activation_granularity="tensor")
+    assert "dynamic per tensor" in repr(ActivationQuantizer(config))
+    assert "fp" in repr(ActivationQuantizer(fb.QuantConfig(activation="fp")))
