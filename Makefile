@@ -8,6 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The pinned versions to install with; empty it to take the newest that the package allows.
 CONSTRAINTS ?= -c constraints.txt
+CODE   := src tests benchmarks examples
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test wheel clean setup data
@@ -19,8 +20,8 @@ demo: setup data
 
 test: setup data
 	@echo "== ruff, mypy"
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	@echo "== pytest"
 	$(BIN)/pytest

@@ -278,6 +278,29 @@ def test_any_planes_and_dyadic_scales_give_exact_sums(data):
 # --- particular geometries
 
 
+@pytest.mark.parametrize("scales", ["per sample", "per tensor", "static"])
+@pytest.mark.parametrize("activation", [*SCHEMES, "fp"])
+def test_every_scheme_on_every_kind(activation, scales):
+    torch.manual_seed(0)
+    for weight, layer, shape in [
+        ("ls-1", nn.Conv2d(9, 4, 3, padding=1), (3, 9, 6, 5)),
+        ("ls-2", nn.Conv1d(9, 4, 3, stride=2), (3, 9, 8)),
+        (activation if activation != "fp" else "gf-8", nn.Linear(20, 4), (3, 20)),
+        ("ls-T", nn.Linear(20, 4), (3, 2, 4, 20)),
+    ]:
+        config = fb.QuantConfig(
+            weight,
+            activation,
+            activation_scales="static" if scales == "static" else "dynamic",
+            activation_granularity="tensor" if scales == "per tensor" else "sample",
+        )
+        twin = quant.from_float(layer, config)
+        twin.input_quantizer.train()(torch.randn(1, 99))
+        packed = fb.pack_(nn.Sequential(copy.deepcopy(twin)))[0]
+        x = torch.randn(shape) * torch.tensor([1.0, 3.0, 0.2]).reshape(3, *[1] * (len(shape) - 1))
+        assert_twins_agree(twin.eval(), packed, x)
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 def test_channels_and_kernels(channels, kernel):
