@@ -7,6 +7,8 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +89,7 @@ def run(
     print(f"data      {images.name}: {len(images.train):,} + {len(images.test):,} images, {images.source}")
     source = DataConfig(name=images.name, folder=data, download=download)  # type: ignore[arg-type]
     recipe = dataclasses.replace(FLOAT, data=source, seed=seed)
-    print(f"machine   {_choose_threads(recipe, images)}")
+    print(f"machine   {timing.machine()}")
 
     outcomes = {"float": _train("float", recipe, folder, images)}
     for name, quant in SCHEMES.items():
@@ -117,11 +119,13 @@ def run(
 def _train(name: str, recipe: Recipe, folder: Path, images: ImageData) -> loop.Outcome:
     start = "" if recipe.init is None else ", from the float weights"
     print(f"\ntraining {name} ({recipe.epochs} epochs{start})".replace("1 epochs", "1 epoch"), flush=True)
-    return loop.train(recipe, folder / name, images=images)
+    with _sensible_threads(recipe, images):
+        return loop.train(recipe, folder / name, images=images)
 
 
-def _choose_threads(recipe: Recipe, images: ImageData) -> str:
-    """Train on as many threads as pay, and say which machine this is."""
+@contextmanager
+def _sensible_threads(recipe: Recipe, images: ImageData) -> Iterator[None]:
+    """Train on as many threads as pay just now, and say so where these are not all."""
     model = loop.recipes.build(recipe)
     normalize = (images.mean, images.std)
     x, labels = next(iter(batches(images.train, recipe.batch_size, shuffle=False, normalize=normalize)))
@@ -131,8 +135,11 @@ def _choose_threads(recipe: Recipe, images: ImageData) -> str:
 
     wanted = torch.get_num_threads()
     if timing.sensible_threads(step) < wanted:
-        return f"{timing.machine()}: {wanted} were slower, for another process keeps a core busy"
-    return timing.machine()
+        print(f"  on one thread: {wanted} are slower just now, for another process keeps a core busy")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(wanted)
 
 
 @torch.no_grad()
@@ -152,6 +159,8 @@ def _measure(
     packed_guesses = loop.predictions(packed, images.test, normalize)
     x, _ = next(iter(batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
     against_float, against_unpacked, not_bitwise = {}, {}, {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the field reports; and two on a busy machine wait for each other
     for batch in (1, _BATCH):
         candidates = {"packed": packed, "float": float_network, "unpacked": network}
         inputs = x[:batch]
@@ -159,6 +168,7 @@ def _measure(
         against_float[batch] = times["float"].median / times["packed"].median
         against_unpacked[batch] = times["unpacked"].median / times["packed"].median
         not_bitwise[batch] = 1 - timing.bitwise_share(packed, inputs)
+    torch.set_num_threads(threads)
     size = path.stat().st_size
     return (
         Result(
@@ -187,9 +197,9 @@ _HEADER = [
 ]  # fmt: skip
 
 _NOTE = (
-    "Speed-ups are time ratios of whole networks in torch, medians of interleaved runs. The time that is not "
-    "bitwise is the stem, the shortcuts, batch norm, ReLU and the framework, all in float. Bits per weight "
-    "count the quantized layers, scales included; compression counts the whole file."
+    "Speed-ups are time ratios of whole networks in torch on one thread, medians of interleaved runs. "
+    "Not bitwise are the stem, the shortcuts, batch norm, ReLU and the framework, all in float. Bits per "
+    "weight count the quantized layers, scales included; compression counts the whole file."
 )
 
 

@@ -62,6 +62,7 @@ def test_resnet18_has_the_layers_of_resnet18():
         ("resnet8-xnor", {"widths": [8, 8]}, "one width a stage"),
         ("resnet8-xnor", {"widths": [8, 8, 0]}, "widths: expected whole numbers"),
         ("resnet8-xnor", {"widths": [8, 8, 8.0]}, "widths: expected whole numbers"),
+        ("resnet8-xnor", {"widths": [8, 8, True]}, "widths: expected whole numbers"),
         ("resnet8-xnor", {"widths": [8, 8, 10**6]}, "widths: expected whole numbers"),
         ("resnet8-xnor", {"in_channels": 10**6}, "in_channels.*expected whole numbers"),
         ("resnet8-xnor", {"stem_stride": 0}, "stem_stride.*expected whole numbers"),

@@ -109,10 +109,18 @@ def test_without_a_gradient_to_carry_nothing_is_recorded():
 
 
 def test_gradients_of_gradients():
-    """Through the gradient, not the window, which is a constant."""
+    """Windows that are steps add nothing to them."""
     x = torch.randn(20, dtype=torch.float64, requires_grad=True)
     y = straight_through(x, scales(0.8), estimators.scaled)
     (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     inside = estimators.scaled(x.detach(), scales(0.8), None).double()
     torch.testing.assert_close(second, 2 * inside)
+
+
+def test_gradients_of_polynomial_gradients_are_finite_where_a_scale_is_zero():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.3, 1.0], requires_grad=True)
+    y = straight_through(x, scales(1.0, 0.0, dtype=torch.float32), estimators.polynomial)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.isfinite().all() and second.any()

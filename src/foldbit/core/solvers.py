@@ -25,7 +25,8 @@ from foldbit.kernels import native
 def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
     """Solve for the scales of x.
 
-    ``ls-1``, ``ls-2`` and ``ls-T`` reach the global optimum up to rounding, for any shape, memory format,
+    ``ls-1``, ``ls-2`` and ``ls-T`` reach the global optimum up to the rounding of the scales to
+    x's dtype, for any shape, memory format,
     ties, zeros, constants and outliers; ``gf-k`` is greedy and does not.
 
     Args:
