@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,8 @@ from foldbit.core import schemes
 WeightGranularity = Literal["tensor", "channel", "group"]
 ActivationScales = Literal["dynamic", "static"]
 ActivationGranularity = Literal["sample", "tensor"]
+
+_LARGEST_CLAMP = 65504  # whatever the dtype of the activations, they can be clipped to it
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ class QuantConfig:
         if self.clamp is not None and not (
             isinstance(self.clamp, int | float)
             and not isinstance(self.clamp, bool)
-            and math.isfinite(self.clamp)
-            and self.clamp > 0
+            and 0 < self.clamp <= _LARGEST_CLAMP
         ):
-            raise ValueError(f"clamp is a positive, finite number or None; got {self.clamp!r}")
+            raise ValueError(
+                f"clamp is a positive, finite number or None; got {self.clamp!r} "
+                f"(at most {_LARGEST_CLAMP}, the largest float16)"
+            )
 
     @property
     def name(self) -> str:
