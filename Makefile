@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test wheel clean setup data
 
 demo: setup data
-	@echo "== running the demo (about five minutes on two cores)"
+	@echo "== running the demo (about seven minutes on one core, less on two)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 
