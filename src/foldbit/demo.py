@@ -135,7 +135,7 @@ def _sensible_threads(recipe: Recipe, images: ImageData) -> Iterator[None]:
 
     wanted = torch.get_num_threads()
     if timing.sensible_threads(step) < wanted:
-        print(f"  on one thread: {wanted} are slower just now, for another process keeps a core busy")
+        print(f"  on one thread: {wanted} are slower just now, perhaps for other work on this machine")
     try:
         yield
     finally:
