@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test wheel clean setup data
 
 demo: setup data
-	@echo "== running the demo (about seven minutes on one core, less on two)"
+	@echo "== running the demo (four to five minutes on two quiet cores, seven on one)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 

@@ -266,6 +266,40 @@ def test_the_normal_distribution(scheme, error, scales, path):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Certificates
+
+
+@pytest.mark.parametrize("method", ["native", "sort"])
+@pytest.mark.parametrize("scheme", ["ls-2", "ls-T"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_certificate_bounds_the_excess(name, scheme, method):
+    x = family(name, 257, torch.float64, rows=3)
+    scales, excess = fb.solve(x, scheme, method=method, certificate=True)
+    assert excess.dtype == torch.float64 and excess.shape == (3,)
+    for row, v, bound in zip(x.numpy(), scales.numpy(), excess.tolist(), strict=True):
+        energy = (row**2).sum() or 1.0
+        assert 0 <= bound <= 1e-6
+        assert reached_error(row, v) - least_error(row, scheme) <= (bound + 1e-12) * energy
+
+
+def test_one_plane_is_certain_and_a_broken_row_is_not():
+    x = torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 3.0]])
+    for scheme in EXACT:
+        _, excess = fb.solve(x, scheme, certificate=True)
+        assert excess[0] <= 1e-12 and excess[1].isnan()
+
+
+def test_what_cannot_be_certified_or_searched_for_is_refused():
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match=r"gf-3 has no certificate"):
+        fb.solve(x, "gf-3", certificate=True)
+    with pytest.raises(ValueError, match=r"method is one of 'auto', 'native'.*got 'magic'"):
+        fb.solve(x, "ls-2", method="magic")
+    with pytest.raises(ValueError, match=r"'sort' searches for ls-2 and ls-T; ls-1 has"):
+        fb.solve(x, "ls-1", method="sort")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Which path runs
 
 

@@ -13,6 +13,9 @@ of this search satisfies. The greedy baseline is its section 4.2 (after Guo et a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, get_args, overload
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,31 @@ from foldbit.core import axes, schemes
 from foldbit.core.schemes import Scheme
 from foldbit.kernels import native
 
+Method = Literal["auto", "native", "sort"]
+
+
+@overload
+def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1, *, method: Method = "auto") -> Tensor: ...
+@overload
+def solve(
+    x: Tensor,
+    scheme: str | Scheme,
+    dim: axes.Dims = -1,
+    *,
+    method: Method = "auto",
+    certificate: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
 
 @torch.no_grad()
-def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
+def solve(
+    x: Tensor,
+    scheme: str | Scheme,
+    dim: axes.Dims = -1,
+    *,
+    method: Method = "auto",
+    certificate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Solve for the scales of x.
 
     ``ls-1``, ``ls-2`` and ``ls-T`` reach the global optimum up to the rounding of the scales to
@@ -33,15 +58,22 @@ def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
         x: float16, bfloat16, float32 or float64, of any shape ``[..., n]``.
         scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-k``.
         dim: the dim or dims whose elements share scales; None for all.
+        method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` in torch, or ``auto``,
+            which takes the native core where it can read the tensor.
+        certificate: also return how far from optimal the scales can be.
 
     Returns:
         Scales ``[..., k]`` in x's dtype: x's shape without ``dim``, then one non-negative scale a plane,
         the largest first (greedy ones can grow, on sparse data). Constants to autograd. A row that holds
         NaN or infinity gets NaN scales; others do not.
 
+        With ``certificate``, also the excess, float64 ``[...]``: an upper bound, up to float64 rounding, on
+        (squared error − least squared error) / ‖x‖² before the scales are rounded to x's dtype.
+
     Raises:
         TypeError: for integer, boolean or complex input.
-        ValueError: for an unknown scheme, ``fp``, or rows without elements.
+        ValueError: for an unknown scheme, ``fp``, or rows without elements; for a method that cannot serve
+            the scheme or the tensor, and for the certificate of a scheme that promises none.
 
     Cost: ``ls-2`` and ``ls-T`` on the CPU run in the native core, in linear time and memory below 1 MB a
     thread. On other devices and under tracing (torch.compile, torch.export) they sort: O(n log n), about
@@ -58,11 +90,28 @@ def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Tensor:
         raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick ls-1, ls-2, ls-T or gf-k")
     dims = axes.normalize(x.ndim, dim)
     rows = axes.as_rows(x.detach(), dims)
+    scales, excess = _solve_rows(rows, scheme, method)
+    kept = axes.kept_shape(x.shape, dims)
+    scales = scales.to(x.dtype).reshape(*kept, scheme.planes)
+    if not certificate:
+        return scales
+    if excess is None:
+        raise ValueError(f"scheme {scheme} has no certificate: nothing bounds how far from optimal it stays")
+    return scales, excess.reshape(kept)
+
+
+def _solve_rows(rows: Tensor, scheme: Scheme, method: str) -> tuple[Tensor, Tensor | None]:
+    """Scales float64 ``[rows, k]`` and the certificate ``[rows]``, where the scheme has one."""
+    if method not in get_args(Method):
+        raise ValueError(f"method is one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if scheme.name in ("ls-2", "ls-T"):
-        scales = _native(rows, scheme) if _runs_native(rows) else _BY_SORTING[scheme.name](rows)
-    else:
-        scales = _greedy(rows, scheme.planes)
-    return scales.to(x.dtype).reshape(*axes.kept_shape(x.shape, dims), scheme.planes)
+        if method == "auto":
+            method = "native" if _runs_native(rows) else "sort"
+        return _SEARCHES[method](rows, scheme)
+    if method != "auto":
+        raise ValueError(f"method {method!r} searches for ls-2 and ls-T; {scheme} has method 'auto' only")
+    scales = _greedy(rows, scheme.planes)
+    return scales, _none_missed(scales) if scheme.planes == 1 else None
 
 
 def _runs_native(rows: Tensor) -> bool:
@@ -75,13 +124,23 @@ def _runs_native(rows: Tensor) -> bool:
     )
 
 
-def _native(rows: Tensor, scheme: Scheme) -> Tensor:
+def _in_native_core(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    scales, _excess = native.solve_rows(rows.numpy(), scheme.name, threads=torch.get_num_threads())
-    return torch.from_numpy(scales)
+    scales, excess = native.solve_rows(rows.numpy(), scheme.name, threads=torch.get_num_threads())
+    return torch.from_numpy(scales), torch.from_numpy(excess)
+
+
+def _by_sorting(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    scales = _two_planes_by_sorting(rows) if scheme.name == "ls-2" else _ternary_by_sorting(rows)
+    return scales, _none_missed(scales)
+
+
+def _none_missed(scales: Tensor) -> Tensor:
+    """The certificate of an exhaustive search: 0, and NaN for a row that could not be solved."""
+    return scales[:, 0] * 0
 
 
 def _two_planes_by_sorting(rows: Tensor) -> Tensor:
@@ -115,9 +174,6 @@ def _ternary_by_sorting(rows: Tensor) -> Tensor:
     return (level * (unit / 2)).repeat(1, 2)
 
 
-_BY_SORTING = {"ls-2": _two_planes_by_sorting, "ls-T": _ternary_by_sorting}
-
-
 def _sorted_magnitudes(rows: Tensor, *, descending: bool) -> tuple[Tensor, Tensor]:
     """Sorted |x| / unit in float64 and the unit, a row's maximum: squares then neither over- nor underflow.
 
@@ -138,3 +194,9 @@ def _greedy(rows: Tensor, planes: int) -> Tensor:
         if i + 1 < planes:
             residual = (residual.double() - scale).abs()
     return torch.cat(scales, 1)
+
+
+_SEARCHES: dict[str, Callable[[Tensor, Scheme], tuple[Tensor, Tensor]]] = {
+    "native": _in_native_core,
+    "sort": _by_sorting,
+}
