@@ -73,3 +73,23 @@ def test_tracing_sorts_and_takes_nothing_from_the_native_core(monkeypatch):
     torch.compile(lambda x: fb.solve(x, "ls-2"), backend=backend, fullgraph=True)(data(2))
     (graph,) = graphs
     assert "sort" in graph.code and "solve_rows" not in graph.code
+
+
+class OfAnyLength(torch.nn.Module):
+    def forward(self, x):
+        return fb.solve(x, "ls-2", dim=None), fb.solve(x, "ls-2", dim=(1, 2)), fb.solve(x, "ls-2")
+
+
+def test_the_length_of_a_row_chooses_the_search_but_never_narrows_the_graph():
+    """Per tensor, a row is as long as the batch is large: one graph has to serve every batch."""
+    x = torch.randn(3, 2, solvers._LONG // 2, generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(OfAnyLength(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    targets = [str(node.target) for module in exported.graph_module.modules() for node in module.graph.nodes]
+    assert any("scatter_add" in t for t in targets) and any("sort" in t for t in targets)
+    compiled = torch.compile(OfAnyLength(), backend="eager", fullgraph=True, dynamic=True)
+    torch.compiler.reset()
+    for y in [x, x[:1], torch.cat([x, x])]:
+        for got, expected in zip(exported.module()(y), OfAnyLength()(y), strict=True):
+            torch.testing.assert_close(got, expected)
+        for got, expected in zip(compiled(y), OfAnyLength()(y), strict=True):
+            torch.testing.assert_close(got, expected)

@@ -19,11 +19,16 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from foldbit.core import axes, schemes
+from foldbit.core import axes, histograms, schemes
 from foldbit.core.schemes import Scheme
 from foldbit.kernels import native
 
-Method = Literal["auto", "native", "sort"]
+Method = Literal["auto", "native", "sort", "histogram"]
+
+# Where the native core cannot run, rows of at least so many elements are searched by histograms. Measured on
+# CPU (benchmarks/solvers.py --traced): below 3,000 or so a histogram costs more than the row, from here on it
+# takes a third to an eighth of the time of sorting. Both are exact.
+_LONG = 8192
 
 
 @overload
@@ -58,8 +63,9 @@ def solve(
         x: float16, bfloat16, float32 or float64, of any shape ``[..., n]``.
         scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-k``.
         dim: the dim or dims whose elements share scales; None for all.
-        method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` in torch, or ``auto``,
-            which takes the native core where it can read the tensor.
+        method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` or by ``histogram`` in
+            torch, or ``auto``, which takes the native core where it can read the tensor and elsewhere
+            histograms for long rows.
         certificate: also return how far from optimal the scales can be.
 
     Returns:
@@ -76,8 +82,9 @@ def solve(
             the scheme or the tensor, and for the certificate of a scheme that promises none.
 
     Cost: ``ls-2`` and ``ls-T`` on the CPU run in the native core, in linear time and memory below 1 MB a
-    thread. On other devices and under tracing (torch.compile, torch.export) they sort: O(n log n), about
-    seven times the input's memory. ``gf-k`` takes k passes.
+    thread. On other devices and under tracing (torch.compile, torch.export) rows of 8192 elements or more
+    go through histograms: linear time, ten times the memory of a float32 input; shorter rows are sorted:
+    O(n log n), about seven times the input's memory. ``gf-k`` takes k passes.
 
     Example:
         >>> import torch, foldbit as fb
@@ -106,7 +113,7 @@ def _solve_rows(rows: Tensor, scheme: Scheme, method: str) -> tuple[Tensor, Tens
         raise ValueError(f"method is one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if scheme.name in ("ls-2", "ls-T"):
         if method == "auto":
-            method = "native" if _runs_native(rows) else "sort"
+            method = "native" if _runs_native(rows) else "histogram" if _is_long(rows) else "sort"
         return _SEARCHES[method](rows, scheme)
     if method != "auto":
         raise ValueError(f"method {method!r} searches for ls-2 and ls-T; {scheme} has method 'auto' only")
@@ -122,6 +129,15 @@ def _runs_native(rows: Tensor) -> bool:
         and type(rows) in (Tensor, torch.nn.Parameter)
         and native.has_solvers()
     )
+
+
+def _is_long(rows: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return rows.shape[1] >= _LONG
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a third of a second
+
+    # A length that is a symbol must not decide, for the graph would then serve some lengths only.
+    return statically_known_true(rows.shape[1] >= _LONG)
 
 
 def _in_native_core(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -199,4 +215,5 @@ def _greedy(rows: Tensor, planes: int) -> Tensor:
 _SEARCHES: dict[str, Callable[[Tensor, Scheme], tuple[Tensor, Tensor]]] = {
     "native": _in_native_core,
     "sort": _by_sorting,
+    "histogram": histograms.solve_rows,
 }
