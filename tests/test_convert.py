@@ -369,6 +369,7 @@ def damaged(model):
 
 
 STATIC = fb.QuantConfig(activation_scales="static")
+RANK_1 = fb.QuantConfig(granularity="rank", rank=1)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +382,14 @@ STATIC = fb.QuantConfig(activation_scales="static")
             "layer along cannot be packed: its weight is float",
         ),
         (lambda: damaged(fb.quantize_(net(), W1A2, skip=())), "layer head cannot be packed.*NaN"),
+        (
+            lambda: fb.quantize_(net(), W1A2, overrides={"along": fb.QuantConfig(granularity="input")}),
+            "layer along cannot be packed: with granularity 'input' .* along the sum .*train with 'channel'",
+        ),
+        (
+            lambda: fb.quantize_(net(), W1A2, overrides={"along": RANK_1}),
+            "layer along cannot be packed: with granularity 'rank' .* along the sum .*train with 'channel'",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused_and_unchanged(make, message):
