@@ -237,6 +237,10 @@ def test_a_bare_layer_is_refused(layer):
             r"layer blocks\.1\.conv: group_size 5 does not divide",
         ),
         (
+            fb.QuantConfig(granularity="rank", rank=50),
+            r"layer blocks\.1\.conv: rank 50 does not fit a matrix of",
+        ),
+        (
             fb.QuantConfig(activation_estimator="magic"),
             r"layer blocks\.1\.conv: unknown gradient estimator 'magic'",
         ),
