@@ -67,11 +67,8 @@ def targets(exported):
 def test_compiled_graphs_call_the_native_core_and_exported_ones_are_plain_torch(monkeypatch):
     class Both(torch.nn.Module):
         def forward(self, x):
-            return (
-                fb.solve(x, "ls-2"),
-                fb.solve(x, "gf-2"),
-                estimators.approximate(x, x[0, 0], (0,), "scaled"),
-            )
+            scales = fb.solve(x, "ls-2")
+            return scales, fb.solve(x, "gf-2"), estimators.approximate(x, scales, (3,), "scaled")
 
     graphs = []
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foldbit.core import schemes
+from foldbit.core import axes, schemes
 from foldbit.kernels import native
 
 #: Estimators of :mod:`foldbit.nn.estimators` whose windows the core knows.
@@ -90,8 +90,17 @@ def approximate(
     Returns:
         x̂ in the shape, dtype and, where x is dense, memory order of x.
 
+    Raises:
+        ValueError: where the scales do not fit x, or the estimator is unknown.
+
     Cost: one pass forward, one pass backward.
     """
+    kept = axes.kept_shape(x.shape, tuple(dim))
+    if scales.ndim != len(kept) + 1 or list(scales.shape[:-1]) != kept:
+        raise ValueError(
+            f"scales of shape {tuple(scales.shape)} do not fit a tensor of shape {tuple(x.shape)} that shares "
+            f"scales over dim {tuple(dim)}: expected {(*kept, 'k')}"
+        )
     approximated: Tensor = torch.ops.foldbit.approximate.default(x, scales, dim, estimator, clamp)
     return approximated
 
@@ -253,8 +262,8 @@ def _through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "foldbit::window is a gradient and has none of its own: fused quantizers are differentiable once; for "
-        "gradients of gradients use foldbit.nn.estimators.straight_through, which is plain torch"
+        "foldbit::window is a gradient and has none of its own: fused quantizers are differentiable once. "
+        "For gradients of gradients use foldbit.nn.estimators.straight_through, which is plain torch"
     )
 
 
