@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from foldbit.analysis.study import REACH, Fit, Histogram, Point
 from foldbit.core import schemes
@@ -78,6 +78,7 @@ def levels(title: str, histogram: Histogram, fits: Mapping[str, Fit]) -> Figure:
         upper.set_title(f"{name}: {words}", fontsize=11, color=colour, fontweight="bold")
         lower.stairs(histogram.lost[name], _edges(histogram), fill=True, color=colour, alpha=0.75)
         lower.set_ylim(0, most)
+        lower.yaxis.set_major_locator(MaxNLocator(5, prune="upper"))  # its top is the upper panel's bottom
         _write(lower, 0.96, f"error {fit.error:.3f},  angle {fit.angle:.1f}°", fontsize=10, fontweight="bold")
         far = histogram.lost_outside[name]
         if far > 0.01:
@@ -112,6 +113,7 @@ def groups(title: str, fits: Mapping[str, Mapping[str, Fit]]) -> Figure:
             axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9)
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.14 * max(max(getattr(f, what) for f in g.values()) for g in fits.values()) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(7, prune="upper"))  # where the other side begins
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     sides[0].set_yticks(range(len(fits)), list(fits))
@@ -165,7 +167,8 @@ def pareto(title: str, points: Sequence[Point]) -> Figure:
             )
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.08 * max(getattr(p, what) for p in points))
-        axes.set_ylim(0, 1.22 * max(p.error for p in points))
+        axes.set_ylim(0, 1.22 * max(p.error for p in points) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(8, prune="upper"))
         axes.grid(alpha=0.3)
         many = max(one_bit, key=lambda p: getattr(p, what))
         axes.annotate(
@@ -186,7 +189,7 @@ def pareto(title: str, points: Sequence[Point]) -> Figure:
                 (getattr(best[0], what), best[0].error),
                 xytext=(0, -20),
                 textcoords="offset points",
-                ha="center",
+                ha="left" if getattr(best[0], what) < 0.25 * axes.get_xlim()[1] else "center",
                 fontsize=10,
                 fontweight="bold",
                 color=_look("ls-2")[0],
@@ -250,6 +253,7 @@ def _layers(title: str, rows: Sequence[Row]) -> Figure:
                 zorder=4 if name == "ls-2" else 3,
             )
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(7, prune="upper"))
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
         if len(rows) > 20:
