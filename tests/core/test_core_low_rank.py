@@ -88,6 +88,27 @@ def test_the_scales_of_one_plane_are_the_truncated_decomposition(name):
         assert float(q.error(x)) == pytest.approx(lost(x, q), abs=1e-15)
 
 
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.tuples(st.integers(1, 7), st.integers(1, 7)),
+        elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-20, 1e-6]),
+    ),
+    st.integers(1, 7),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_values_reach_what_the_singular_values_allow(x, rank):
+    rank = min(rank, *x.shape)
+    x, magnitudes = torch.from_numpy(x), np.abs(x.astype(np.float64))
+    tail = (np.linalg.svd(magnitudes, compute_uv=False)[rank:] ** 2).sum()
+    energy = (magnitudes**2).sum()
+    q = fb.low_rank(x, "ls-1", rank)
+    scales = q.scales()[0].numpy()
+    slack = 1e-13 if x.dtype == torch.float64 else 1e-12  # of factors that are rounded to float32
+    assert ((magnitudes - scales) ** 2).sum() <= tail * (1 + 1e-6) + slack * energy
+    assert rank > 1 or scales.min() >= 0
+
+
 @pytest.mark.parametrize("name", MATRICES)
 def test_factors_of_rank_1_are_non_negative(name):
     """Even where the largest singular value is a multiple one, of equal blocks."""
