@@ -66,7 +66,7 @@ def test_the_numbers_are_all_there(numbers):
 
 def test_what_was_left_out_is_said(page, numbers):
     notes = " ".join(numbers["studies"][1]["notes"])
-    assert "broken.weight" in notes and "1 tensors, a vector" in notes
+    assert "broken.weight" in notes and "1 × vectors" in notes
     assert html.escape(notes.split(".")[0]) in page.read_text()
     assert "no activations" in numbers["studies"][1]["inputs"]
     assert "first 20 test images of digits" in numbers["studies"][2]["inputs"]

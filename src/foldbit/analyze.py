@@ -133,12 +133,14 @@ def measure(source: Source, names: Sequence[str]) -> Study:
         )
     if not weights:
         raise SourceError(f"{source.name}: every weight holds NaN or infinity; nothing is left to analyze")
-    notes += [f"Not looked at: {count} tensors, {why}." for why, count in (source.left_out or {}).items()]
+    if source.left_out:
+        kinds = "; ".join(f"{count} × {why}" for why, count in source.left_out.items())
+        notes.append(f"Tensors that are not looked at: {kinds}.")
     large = sum(pages.size(layer) > study.MOST_FOR_RANKS for layer in weights)
     if large:
         notes.append(
-            f"Scales of a rank were solved on the first {study.MOST_FOR_RANKS:,} values only of {large} "
-            "large weights."
+            f"Scales of a rank are those of the first {study.MOST_FOR_RANKS:,} values only, where a weight "
+            f"has more (here {large})."
         )
     return Study(
         source.name,

@@ -87,6 +87,13 @@ def test_checkpoints_and_safetensors_hold_weights(tmp_path, state, nested):
     assert sum(source.left_out.values()) == len(state) - len(KINDS)
 
 
+def test_layers_of_safetensors_are_in_the_order_of_their_numbers(tmp_path):
+    weights = {f"layer.{i}.weight": torch.randn(4, 4) for i in (10, 9, 1, 100)}
+    safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
+    names = [weight.name for weight in sources.safetensors_file(tmp_path / "a.safetensors").weights]
+    assert names == [f"layer.{i}.weight" for i in (1, 9, 10, 100)]
+
+
 def test_the_old_format_of_torch_is_read_too(tmp_path, state):
     torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     assert len(sources.checkpoint(tmp_path / "a.pt").weights) == len(KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -136,8 +137,8 @@ def _weights(study: Study) -> list[Part]:
     layers = study.weights
     values = "values" if study.one_scale_set else "weights"
     shown = _typical(layers)
-    parts: list[Part] = [report.Text(note) for note in study.notes]
-    where = "" if len(layers) == 1 else f", layer {shown.name}"
+    parts: list[Part] = [report.Text(" ".join(study.notes))] if study.notes else []
+    where = "" if len(layers) == 1 else f", layer {_row(shown).name}"
     bands = (
         ""
         if study.one_scale_set
@@ -199,7 +200,7 @@ def _activations(study: Study) -> list[Part]:
 
 
 def _layer_by_layer(layers: Sequence[Layer], what: str, name: str) -> list[Part]:
-    rows = [Row(layer.name, layer.fits) for layer in layers]
+    rows = [_row(layer) for layer in layers]
     parts: list[Part] = [
         report.Picture(
             figure,
@@ -224,7 +225,7 @@ def _layer_by_layer(layers: Sequence[Layer], what: str, name: str) -> list[Part]
         report.Picture(
             pictures.histograms(
                 f"Values and levels, {what}: {name}",
-                [(Row(layer.name, layer.fits), layer.histogram) for layer in chosen],
+                [(_row(layer), layer.histogram) for layer in chosen],
             ),
             "Grey: how often a value occurs. Below it, a line a scheme with a mark at each level; the bar "
             "through a mark spans 80% of the sets of scales. Layers are chosen evenly from first to last.",
@@ -303,16 +304,18 @@ def _grouped(layers: Sequence[Layer]) -> dict[str, dict[str, Fit]]:
     return {f"{kind}\n({_layers(count[kind])})": fits for kind, fits in means(layers).items()}
 
 
+def _row(layer: Layer) -> Row:
+    # That it is a weight goes without saying; names are long enough.
+    return Row(layer.name.removesuffix(".weight"), layer.fits)
+
+
 def _layers(count: int) -> str:
     return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _typical(layers: Sequence[Layer]) -> Layer:
-    """The middle layer, by error, of the kind that holds most values."""
-    sizes: dict[str, int] = {}
-    for layer in layers:
-        sizes[layer.kind] = sizes.get(layer.kind, 0) + size(layer)
-    kind = max(sizes, key=lambda k: sizes[k])
+    """The middle layer, by error, of the most common kind."""
+    kind = Counter(layer.kind for layer in layers).most_common(1)[0][0]
     some = sorted((x for x in layers if x.kind == kind), key=lambda x: next(reversed(x.fits.values())).error)
     return some[len(some) // 2]
 

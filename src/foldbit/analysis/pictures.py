@@ -78,7 +78,7 @@ def levels(title: str, histogram: Histogram, fits: Mapping[str, Fit]) -> Figure:
         upper.set_title(f"{name}: {words}", fontsize=11, color=colour, fontweight="bold")
         lower.stairs(histogram.lost[name], _edges(histogram), fill=True, color=colour, alpha=0.75)
         lower.set_ylim(0, most)
-        lower.yaxis.set_major_locator(MaxNLocator(5, prune="upper"))  # its top is the upper panel's bottom
+        lower.yaxis.set_major_locator(_ticks(5))  # its top is the upper panel's bottom
         _write(lower, 0.96, f"error {fit.error:.3f},  angle {fit.angle:.1f}°", fontsize=10, fontweight="bold")
         far = histogram.lost_outside[name]
         if far > 0.01:
@@ -113,7 +113,7 @@ def groups(title: str, fits: Mapping[str, Mapping[str, Fit]]) -> Figure:
             axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9)
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.14 * max(max(getattr(f, what) for f in g.values()) for g in fits.values()) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(7, prune="upper"))  # where the other side begins
+        axes.xaxis.set_major_locator(_ticks(7))  # where the other side begins
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     sides[0].set_yticks(range(len(fits)), list(fits))
@@ -168,7 +168,7 @@ def pareto(title: str, points: Sequence[Point]) -> Figure:
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.08 * max(getattr(p, what) for p in points))
         axes.set_ylim(0, 1.22 * max(p.error for p in points) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(8, prune="upper"))
+        axes.xaxis.set_major_locator(_ticks(9))
         axes.grid(alpha=0.3)
         many = max(one_bit, key=lambda p: getattr(p, what))
         axes.annotate(
@@ -184,12 +184,13 @@ def pareto(title: str, points: Sequence[Point]) -> Figure:
             p for p in points if p.scheme == "ls-2"
         ]
         if best:
+            place = getattr(best[0], what) / axes.get_xlim()[1]
             axes.annotate(
                 "2 bits, least squares",
                 (getattr(best[0], what), best[0].error),
                 xytext=(0, -20),
                 textcoords="offset points",
-                ha="left" if getattr(best[0], what) < 0.25 * axes.get_xlim()[1] else "center",
+                ha="left" if place < 0.25 else "right" if place > 0.75 else "center",
                 fontsize=10,
                 fontweight="bold",
                 color=_look("ls-2")[0],
@@ -253,7 +254,7 @@ def _layers(title: str, rows: Sequence[Row]) -> Figure:
                 zorder=4 if name == "ls-2" else 3,
             )
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(7, prune="upper"))
+        axes.xaxis.set_major_locator(_ticks(7))
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
         if len(rows) > 20:
@@ -311,6 +312,11 @@ def _subplots(rows: int, columns: int, figsize: tuple[float, float], **sharing: 
     """A figure that pyplot does not know of, and so does not keep."""
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **sharing)
+
+
+def _ticks(most: int) -> MaxNLocator:
+    """Round numbers, none at the upper end, where the next panel's begin."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10], prune="upper")
 
 
 def _write(axes: Any, height: float, text: str, **style: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def safetensors_file(path: Path) -> Source:
                     f"{path} is a packed file: its weights are bits already, and what they approximate is "
                     "gone. Analyze the run folder that it was packed from"
                 )
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = sorted(file.keys(), key=_with_numbers)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             dtypes = {name: file.get_slice(name).get_dtype() for name in shapes}
     except safetensors.SafetensorError as error:
         raise SourceError(f"{path} is not a readable safetensors file: {error}") from error
@@ -197,9 +199,9 @@ def _choose(
     for name, shape in shapes.items():
         reason = ""
         if not floats[name]:
-            reason = "not floating point"
+            reason = "integers or booleans"
         elif len(shape) < 2 or shape[0] < 2 or math.prod(shape[1:]) < 2:
-            reason = "a vector, such as a bias or a norm"
+            reason = "vectors, such as biases and norms"
         if reason:
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
@@ -235,6 +237,11 @@ def _tensors(held: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str,
     elif isinstance(held, Mapping) and depth < 8:
         for key, value in held.items():
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+
+
+def _with_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _first_line(error: Exception) -> str:

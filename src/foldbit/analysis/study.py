@@ -23,7 +23,7 @@ REACH = 4.0
 BINS = 120
 
 #: Values of a matrix for which scales of a rank are solved.
-MOST_FOR_RANKS = 1 << 22
+MOST_FOR_RANKS = 1 << 21
 
 _MOST_ROWS = 512  # of a chunk, whose levels are remembered: enough for quantiles
 
