@@ -52,26 +52,26 @@ void approximate_run(const T* x, int64_t n, const T* scales, int planes, T limit
   }
 }
 
-// What the clip cuts gets exactly 0, even where the gradient is not finite.
-template <class T>
+// What the clip cuts gets exactly 0, even where the gradient is not finite; and so does NaN, if there is a clip.
+template <bool kClips, class T>
 inline T where_not_cut(T x, T limit, T grad) {
-  return absolute(x) <= limit ? grad : T(0);
+  return !kClips || absolute(x) <= limit ? grad : T(0);
 }
 
-template <class T>
+template <bool kClips, class T>
 void window_identity(const T* grad, const T* x, int64_t n, T limit, T* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = where_not_cut(x[i], limit, grad[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = where_not_cut<kClips>(x[i], limit, grad[i]);
 }
 
-template <class T>
+template <bool kClips, class T>
 void window_within(const T* grad, const T* x, int64_t n, T reach, T limit, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     const T inside = absolute(clip(x[i], limit)) <= reach ? T(1) : T(0);
-    out[i] = where_not_cut(x[i], limit, grad[i] * inside);
+    out[i] = where_not_cut<kClips>(x[i], limit, grad[i] * inside);
   }
 }
 
-template <class T, int kPlanes>
+template <bool kClips, int kPlanes, class T>
 void window_polynomial(const T* grad, const T* x, int64_t n, const T* scales, T limit, T* out) {
   T v[kPlanes], reach[kPlanes];
   for (int p = 0; p < kPlanes; ++p) {
@@ -88,30 +88,35 @@ void window_polynomial(const T* grad, const T* x, int64_t n, const T* scales, T 
       window += v[p] > 0 ? triangle : T(0);
       r -= r < 0 ? -v[p] : v[p];
     }
-    out[i] = where_not_cut(x[i], limit, grad[i] * window);
+    out[i] = where_not_cut<kClips>(x[i], limit, grad[i] * window);
+  }
+}
+
+template <bool kClips, class T>
+void window_any(const T* grad, const T* x, int64_t n, const T* scales, int planes, Window window, T limit, T* out) {
+  switch (window) {
+    case Window::identity: return window_identity<kClips>(grad, x, n, limit, out);
+    case Window::clipped: return window_within<kClips>(grad, x, n, T(1), limit, out);
+    case Window::scaled: return window_within<kClips>(grad, x, n, kClips ? limit : 3 * scales[0], limit, out);
+    case Window::polynomial: break;
+  }
+  switch (planes) {
+    case 1: return window_polynomial<kClips, 1>(grad, x, n, scales, limit, out);
+    case 2: return window_polynomial<kClips, 2>(grad, x, n, scales, limit, out);
+    case 3: return window_polynomial<kClips, 3>(grad, x, n, scales, limit, out);
+    case 4: return window_polynomial<kClips, 4>(grad, x, n, scales, limit, out);
+    case 5: return window_polynomial<kClips, 5>(grad, x, n, scales, limit, out);
+    case 6: return window_polynomial<kClips, 6>(grad, x, n, scales, limit, out);
+    case 7: return window_polynomial<kClips, 7>(grad, x, n, scales, limit, out);
+    case 8: return window_polynomial<kClips, 8>(grad, x, n, scales, limit, out);
   }
 }
 
 template <class T>
 void window_run(const T* grad, const T* x, int64_t n, const T* scales, int planes, Window window, T limit,
                 T* out) {
-  switch (window) {
-    case Window::identity: return window_identity(grad, x, n, limit, out);
-    case Window::clipped: return window_within(grad, x, n, T(1), limit, out);
-    case Window::scaled:
-      return window_within(grad, x, n, limit < T(INFINITY) ? limit : 3 * scales[0], limit, out);
-    case Window::polynomial: break;
-  }
-  switch (planes) {
-    case 1: return window_polynomial<T, 1>(grad, x, n, scales, limit, out);
-    case 2: return window_polynomial<T, 2>(grad, x, n, scales, limit, out);
-    case 3: return window_polynomial<T, 3>(grad, x, n, scales, limit, out);
-    case 4: return window_polynomial<T, 4>(grad, x, n, scales, limit, out);
-    case 5: return window_polynomial<T, 5>(grad, x, n, scales, limit, out);
-    case 6: return window_polynomial<T, 6>(grad, x, n, scales, limit, out);
-    case 7: return window_polynomial<T, 7>(grad, x, n, scales, limit, out);
-    case 8: return window_polynomial<T, 8>(grad, x, n, scales, limit, out);
-  }
+  if (limit < T(INFINITY)) return window_any<true>(grad, x, n, scales, planes, window, limit, out);
+  window_any<false>(grad, x, n, scales, planes, window, limit, out);
 }
 
 // The sum of |…||x| − v_1| … − v_p|: what so many greedy planes leave.

@@ -36,7 +36,7 @@ template <class T>
 void approximate_rows(Rows<const T> x, int64_t rows, int64_t n, const T* scales, int planes, T limit, Rows<T> out,
                       int threads);
 
-// out = grad times the window at x, and 0 where the clip cuts x.
+// out = grad times the window at x, and 0 where the clip, if there is one, cuts x or x is NaN.
 template <class T>
 void window_rows(Rows<const T> grad, Rows<const T> x, int64_t rows, int64_t n, const T* scales, int planes,
                  Window window, T limit, Rows<T> out, int threads);

@@ -98,9 +98,11 @@ def approximate(
     kept = axes.kept_shape(x.shape, tuple(dim))
     if scales.ndim != len(kept) + 1 or list(scales.shape[:-1]) != kept:
         raise ValueError(
-            f"scales of shape {tuple(scales.shape)} do not fit a tensor of shape {tuple(x.shape)} that shares "
-            f"scales over dim {tuple(dim)}: expected {(*kept, 'k')}"
+            f"scales of shape {tuple(scales.shape)} do not fit a tensor of shape {tuple(x.shape)} that "
+            f"shares scales over dim {tuple(dim)}: expected {(*kept, 'k')}"
         )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; known are {', '.join(ESTIMATORS)}")
     approximated: Tensor = torch.ops.foldbit.approximate.default(x, scales, dim, estimator, clamp)
     return approximated
 

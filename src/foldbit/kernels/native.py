@@ -169,6 +169,8 @@ def solve_rows(
     limit = math.inf if clamp is None else clamp
     planes = _GREEDY.get(scheme)
     if planes is None:
+        if scheme not in ("ls-2", "ls-T"):
+            raise ValueError(f"scheme must be ls-1, ls-2, ls-T or gf-1 to gf-8, got {scheme!r}")
         return _native.solve_rows(x, scheme, threads, clamp=limit)
     scales = _native.greedy_rows(x, planes, threads, limit)
     return scales, scales[:, 0] * 0 + (0 if planes == 1 else np.inf)

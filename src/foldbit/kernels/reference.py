@@ -161,7 +161,8 @@ def approximate_rows(
     """
     total: Any = None
     for _, signed in _walk(x, scales, clamp):
-        total = signed if total is None else total + signed
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = signed if total is None else total + signed
     out[...] = total
 
 
@@ -174,7 +175,9 @@ def window_rows(
     clamp: float = np.inf,
     threads: int = 1,
 ) -> None:
-    """Write how much of the gradient passes x: grad times the estimator's window, 0 where the clip cuts x.
+    """Write how much of the gradient passes x: grad times the estimator's window.
+
+    Where the clip, if there is one, cuts x, and where x is NaN, 0.
 
     The windows are those of :mod:`foldbit.nn.estimators`. Arguments as in :func:`approximate_rows`; ``grad``
     has x's dtype and shape and is dense along n.
@@ -199,7 +202,8 @@ def window_rows(
     else:
         raise ValueError(f"estimator must be identity, clipped, scaled or polynomial, got {estimator!r}")
     with np.errstate(invalid="ignore", over="ignore"):
-        out[...] = np.where(np.abs(x) <= x.dtype.type(clamp), grad * window, 0 * one)
+        passed = grad * window
+    out[...] = passed if clamp == np.inf else np.where(np.abs(x) <= x.dtype.type(clamp), passed, 0 * one)
 
 
 def _walk(x: NDArray[Any], scales: NDArray[Any], clamp: float) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
