@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 TINY = ["--model_args.widths=[8,8,16]", "--data.name=digits", "--batch_size=64", "--lr=0.01"]
 
@@ -75,6 +76,26 @@ def test_train_evaluate_pack_evaluate_summary_bench(folder):
     for what in ("runs/w1a2", str(packed)):
         table = foldbit("bench", what, "--seconds=0.1", cwd=folder).stdout
         assert "unpacked" in table and "not bitwise" in table
+
+
+def test_pack_calibrates_what_was_trained_with_dynamic_scales(folder):
+    dynamic = ["--quant.activation_scales=dynamic", "--init=runs/float", "--run=runs/dynamic", *TINY]
+    foldbit("train", "--recipe=fashion-mnist-w1a2", *dynamic, cwd=folder)
+    said = foldbit("pack", "runs/dynamic", "--calibration_images=300", cwd=folder).stdout
+    assert "calibrating static" in said and "--calibrate false" in said and "static scales" in said
+    for values in (300 * 8 * 8 * 8, 300 * 16 * 2 * 2):  # of the first layer's input, and of the last one's
+        assert f"{values:,}" in said
+    kept = foldbit("pack", "runs/dynamic", "--calibrate=false", "--out=kept.safetensors", cwd=folder).stdout
+    assert "calibrating" not in kept
+    for file, scales in [("runs/dynamic/packed.safetensors", "static"), ("kept.safetensors", "dynamic")]:
+        with safe_open(folder / file, "pt") as contents:
+            assert f'"activation_scales": "{scales}"' in str(contents.metadata())
+    # Static scales were learned in training: they are kept, unless calibration is asked for.
+    assert "calibrating" not in foldbit("pack", "runs/w1a2", "--out=a.safetensors", cwd=folder).stdout
+    again = foldbit("pack", "runs/w1a2", "--calibrate=true", "--out=b.safetensors", cwd=folder).stdout
+    assert "error before" in again
+    refused = foldbit("pack", "runs/dynamic", "--calibration_images=0", cwd=folder, check=False)
+    assert refused.returncode == 1 and "at least; got 0" in refused.stderr
 
 
 def test_summary_of_a_model_name():

@@ -1,6 +1,9 @@
 """foldbit: neural networks of 1 and 2 bits, x ≈ v1·s1 + v2·s2 + …, s ∈ {-1, +1}."""
 
 from foldbit import models as models
+from foldbit.calibrate import CalibrationReport as CalibrationReport
+from foldbit.calibrate import LayerCalibration as LayerCalibration
+from foldbit.calibrate import calibrate as calibrate
 from foldbit.convert import ConversionReport as ConversionReport
 from foldbit.convert import conversion_report as conversion_report
 from foldbit.convert import load_packed as load_packed

@@ -57,18 +57,32 @@ def summary(what: str, input_size: list[int] | None = None) -> None:
     print(summarise(model, tuple(input_size or (1, 1, 28, 28))))
 
 
-def pack(run: str, out: str | None = None) -> None:
-    """Pack a trained, quantized network into bits.
+def pack(
+    run: str,
+    out: str | None = None,
+    calibrate: bool | None = None,
+    calibration_images: int = 1024,
+    data: str | None = None,
+) -> None:
+    """Pack a trained, quantized network into bits, with static activation scales where it had dynamic ones.
 
     Args:
         run: its run folder.
         out: the file to write; RUN/packed.safetensors unless given.
+        calibrate: whether to calibrate static activation scales on training images; false keeps what the
+            network was trained with. Unless given, dynamic scales are calibrated and static ones are kept.
+        calibration_images: how many images to calibrate on.
+        data: a folder with the run's data set, where it is not found by itself.
     """
     from foldbit import convert
+    from foldbit.calibrate import has_dynamic_scales
     from foldbit.tables import nbytes
     from foldbit.training import loop
 
-    model, _ = loop.load_run(run)
+    model, recipe = loop.load_run(run)
+    if has_dynamic_scales(model) if calibrate is None else calibrate:
+        print("calibrating static activation scales on training images; --calibrate false keeps what there is")
+        print(loop.calibrate(model, recipe, calibration_images, images=loop.load_data(recipe, data)))
     path = Path(out) if out else Path(run) / "packed.safetensors"
     size = convert.packed_size(model)
     convert.save_packed(convert.pack_(model), path)

@@ -133,6 +133,13 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return report
 
 
+def update_report(model: nn.Module, changed: Mapping[str, QuantConfig]) -> None:
+    """Tell the model's report, where it has one, of layers whose config has changed since."""
+    report = getattr(model, _REPORT, None)
+    if report is not None:
+        report.quantized.update({name: c for name, c in changed.items() if name in report.quantized})
+
+
 def pack_(model: Model) -> Model:
     """Replace a model's quantized layers by packed ones, and put it in evaluation mode.
 
@@ -296,8 +303,8 @@ def _packed_twin(layer: QuantLayer) -> PackedLayer:
     quantizer = layer.input_quantizer
     if quantizer.static and not quantizer.seen:
         raise ValueError(
-            "its static activation scales have never seen data; train it, run batches through it in training "
-            "mode, or use activation_scales='dynamic'"
+            "its static activation scales have never seen data; train it, call foldbit.calibrate(model, "
+            "batches), or use activation_scales='dynamic'"
         )
     if not all(torch.isfinite(p).all() for p in layer.parameters()):
         raise ValueError("its parameters hold NaN or infinity")

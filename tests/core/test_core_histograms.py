@@ -70,8 +70,7 @@ def test_promises_bound_every_split_inside_a_bin():
             objective = histograms.Objective(scheme, 40, mean)
             index = torch.searchsorted(edges, x, right=True) - 1
             counts, sums = histograms._count_and_add(index, x - mean, 4)
-            above = histograms._above(counts, sums)
-            bins = histograms.Bins(counts, sums, *above, edges[:, :-1] - mean, edges[:, 1:] - mean)
+            bins = histograms.Bins.of(counts, sums, edges[:, :-1] - mean, edges[:, 1:] - mean)
             best, promised = bins.best_edge(objective).gain, bins.promises(objective)
             for high in range(1, 40):
                 gain = objective.gain(

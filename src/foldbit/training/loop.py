@@ -34,6 +34,8 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from foldbit.calibrate import CalibrationReport
+from foldbit.calibrate import calibrate as calibrate_
 from foldbit.training import data as datasets
 from foldbit.training import recipes
 from foldbit.training.images import ImageData, ImageSet, batches
@@ -185,10 +187,27 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
     return model.eval(), recipe
 
 
-def load_data(recipe: Recipe) -> ImageData:
-    """The recipe's images."""
-    folder = None if recipe.data.folder is None else Path(recipe.data.folder)
+def load_data(recipe: Recipe, folder: str | os.PathLike[str] | None = None) -> ImageData:
+    """The recipe's images, from another folder where one is given."""
+    folder = folder or recipe.data.folder
     return datasets.load(recipe.data.name, folder, download=recipe.data.download)
+
+
+def calibrate(
+    model: nn.Module, recipe: Recipe, count: int = 1024, *, images: ImageData | None = None
+) -> CalibrationReport:
+    """Give a recipe's network static activation scales, from the first ``count`` of its training images.
+
+    Raises:
+        RunError: for a count below 1.
+        ValueError: as :func:`foldbit.calibrate` does.
+    """
+    if count < 1:
+        raise RunError(f"calibration needs an image at least; got {count}")
+    images = images or load_data(recipe)
+    chosen = images.train[: min(count, recipe.data.train_images or count)]
+    loader = batches(chosen, 256, shuffle=False, normalize=(images.mean, images.std))
+    return calibrate_(model, loader)
 
 
 @torch.no_grad()
