@@ -16,7 +16,7 @@ from foldbit import models
 from foldbit.core.config import QuantConfig
 from foldbit.nn import layers
 from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
-from foldbit.packed import files
+from foldbit.packed import files, fusion
 from foldbit.packed.layers import PackedLayer, empty
 from foldbit.packed.spec import LayerSpec
 
@@ -29,10 +29,14 @@ _QUANTIZED = (QuantConv2d, QuantConv1d, QuantLinear)
 
 @dataclass
 class ConversionReport:
-    """What :func:`quantize_` did: which layers it quantized how, and what it left float and why."""
+    """What :func:`quantize_` did: which layers it quantized how, and what it left float and why.
+
+    After :func:`pack_`, ``fusion`` says which neighbours' work each packed layer does.
+    """
 
     quantized: dict[str, QuantConfig] = field(default_factory=dict)
     left_float: dict[str, str] = field(default_factory=dict)
+    fusion: fusion.FusionReport | None = None
 
     def __str__(self) -> str:
         lines = [f"quantized {len(self.quantized)} layers, left {len(self.left_float)} float"]
@@ -41,6 +45,8 @@ class ConversionReport:
             for name, c in self.quantized.items()
         ]
         lines += [f"  {name}: float, {reason}" for name, reason in self.left_float.items()]
+        if self.fusion is not None:
+            lines += ["packed layers do the work of their neighbours", str(self.fusion)]
         return "\n".join(lines)
 
 
@@ -116,7 +122,7 @@ def quantize_(
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         report.quantized[name] = chosen
-    _replace(model, replacements)
+    fusion.replace(model, replacements)
     setattr(model, _REPORT, report)
     return model
 
@@ -133,13 +139,15 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return report
 
 
-def pack_(model: Model) -> Model:
+def pack_(model: Model, *, fuse: bool = True) -> Model:
     """Replace a model's quantized layers by packed ones, and put it in evaluation mode.
 
-    The outputs are those of the quantized model in evaluation, up to float rounding.
+    The outputs are those of the quantized model in evaluation, up to float rounding. Packed layers also do
+    the work of batch norms and nonlinearities next to them; which ones is in :func:`conversion_report`.
 
     Args:
         model: a network that :func:`quantize_` converted; changed in place.
+        fuse: whether they do. Without it batch norms can still learn, after packing.
 
     Returns:
         The same model.
@@ -162,8 +170,8 @@ def pack_(model: Model) -> Model:
                 raise ValueError(f"layer {name} cannot be packed: {error}") from error
     if not replacements and not any(isinstance(m, PackedLayer) for m in model.modules()):
         raise ValueError("nothing to pack: the model has no quantized layers; call foldbit.quantize_ first")
-    _replace(model, replacements)
-    return model.eval()
+    fusion.replace(model, replacements)
+    return _finish(model, fuse)
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -202,17 +210,20 @@ def packed_size(model: nn.Module) -> int:
         for module in skeleton.modules()
         if isinstance(module, _QUANTIZED) and not module.weight_quantizer.scheme.is_float
     }
-    _replace(skeleton, replacements)
+    fusion.replace(skeleton, replacements)
     return len(files.serialize(skeleton, _architecture(model)))
 
 
-def load_packed(path: str | os.PathLike[str], model: Model | None = None) -> Model | nn.Module:
+def load_packed(
+    path: str | os.PathLike[str], model: Model | None = None, *, fuse: bool = True
+) -> Model | nn.Module:
     """Read a packed model, in evaluation mode.
 
     Args:
         path: a file that :func:`save_packed` wrote.
         model: a network to fill: float, quantized or packed, of the same shape. Without one, a model of
             :mod:`foldbit.models` is built from the file alone.
+        fuse: as in :func:`pack_`.
 
     Returns:
         The given model, its layers replaced by packed ones; or a new one.
@@ -228,8 +239,8 @@ def load_packed(path: str | os.PathLike[str], model: Model | None = None) -> Mod
         with torch.device("meta"):
             draft = _build(path, contents.architecture)
         _plan(path, contents, draft)
-        return _fill(path, contents, _build(path, contents.architecture))
-    return _fill(path, contents, model)
+        return _fill(path, contents, _build(path, contents.architecture), fuse)
+    return _fill(path, contents, model, fuse)
 
 
 def _architecture(model: nn.Module) -> files.Architecture | None:
@@ -237,10 +248,23 @@ def _architecture(model: nn.Module) -> files.Architecture | None:
     return None if built is None else files.Architecture(*built)
 
 
-def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model) -> Model:
-    _replace(model, {module: empty(spec) for module, spec in _plan(path, contents, model).items()})
+def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model, fuse: bool) -> Model:
+    plan = _plan(path, contents, model)
+    fusion.unfuse_(model)
+    fusion.replace(model, {module: empty(spec) for module, spec in plan.items()})
     model.load_state_dict(contents.tensors)
-    return model.eval()
+    return _finish(model, fuse)
+
+
+def _finish(model: Model, fuse: bool) -> Model:
+    """Put a packed model into evaluation mode, its layers fused or not, and report which."""
+    model.eval()
+    fusion.unfuse_(model)
+    packed = {name: m.spec.config for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    report = getattr(model, _REPORT, None) or ConversionReport(quantized=packed)
+    report.fusion = fusion.fuse_(model) if fuse else None
+    setattr(model, _REPORT, report)
+    return model
 
 
 def _plan(
@@ -305,14 +329,6 @@ def _packed_twin(layer: QuantLayer) -> PackedLayer:
     spec = LayerSpec.of(layer, layer.config)
     running = quantizer.running_scales if quantizer.static else None
     return PackedLayer.from_codes(spec, planes, scales, layer.bias, running)
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put replacements in, wherever a module stands (it may stand in several places)."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
 
 
 def _check_patterns(overrides: Mapping[str, QuantConfig | None], candidates: Mapping[str, nn.Module]) -> None:

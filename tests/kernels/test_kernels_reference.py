@@ -119,6 +119,7 @@ def test_slopes_then_residual():
     x = np.array([-1.0, 1.0], np.float32).reshape(1, 1, 2, 1)
     y = reference.conv(
         x, w, one, np.ones((1, 1), np.float32), out_size=(2, 1),
-        slopes=np.array([0.0, 0.5], np.float32), residual=np.array([1, 2, 3, 4], np.float32).reshape(1, 2, 1, 2),
+        slopes=np.array([0.0, 0.5], np.float32),
+        residual=np.array([1, 2, 3, 4], np.float32).reshape(1, 2, 1, 2),
     )  # fmt: skip
     assert y.ravel().tolist() == [1.0, 1.5, 4.0, 5.0]
