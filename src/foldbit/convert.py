@@ -169,7 +169,11 @@ def pack_(model: Model, *, fuse: bool = True) -> Model:
             except ValueError as error:
                 raise ValueError(f"layer {name} cannot be packed: {error}") from error
     if not replacements and not any(isinstance(m, PackedLayer) for m in model.modules()):
-        raise ValueError("nothing to pack: the model has no quantized layers; call foldbit.quantize_ first")
+        raise ValueError(
+            "nothing to pack: foldbit.quantize_ left every layer float; foldbit.conversion_report says why"
+            if hasattr(model, _REPORT)
+            else "nothing to pack: the model has no quantized layers; call foldbit.quantize_ first"
+        )
     fusion.replace(model, replacements)
     return _finish(model, fuse)
 
@@ -259,11 +263,15 @@ def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model, 
 def _finish(model: Model, fuse: bool) -> Model:
     """Put a packed model into evaluation mode, its layers fused or not, and report which."""
     model.eval()
-    fusion.unfuse_(model)
+    if not fuse:
+        fusion.unfuse_(model)
     packed = {name: m.spec.config for name, m in model.named_modules() if isinstance(m, PackedLayer)}
     report = getattr(model, _REPORT, None) or ConversionReport(quantized=packed)
     report.fusion = fusion.fuse_(model) if fuse else None
     setattr(model, _REPORT, report)
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.to(memory_format=torch.channels_last)  # the order that packed layers write
     return model
 
 
@@ -271,7 +279,10 @@ def _plan(
     path: str | os.PathLike[str], contents: files.Contents, model: nn.Module
 ) -> dict[nn.Module, LayerSpec]:
     """Which of the model's layers become packed ones, after checking that the whole file fits the model."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # the file has every name of a layer
+    modules = {  # the file has every name of a layer
+        name: m.original if isinstance(m, fusion.Absorbed) else m
+        for name, m in model.named_modules(remove_duplicate=False)
+    }
     plan = {}
     state = model.state_dict()
     other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -285,7 +296,9 @@ def _plan(
         own = module.spec if isinstance(module, PackedLayer) else _spec_or_none(module, spec.config)
         if own != spec:
             raise files.MismatchedModel(
-                f"{path}: layer {name!r} is {spec}, in the model it is {own or type(module).__name__}"
+                f"{path}: layer {name!r} is a packed {spec.kind}, in the model it is {type(module).__name__}"
+                if own is None
+                else f"{path}: layer {name!r} has {spec.differences(own)} as in the model"
             )
         plan[module] = spec
         for key in module.state_dict(prefix=f"{name}."):

@@ -480,7 +480,7 @@ def some_packed(**changes):
     model[2] = nn.Conv2d(6, 2, 1)
     fb.quantize_(model, fb.QuantConfig(**changes), skip=())
     model(torch.randn(4, 20, 5, 5))
-    return fb.pack_(model), torch.randn(2, 20, 5, 5)
+    return fb.pack_(model, fuse=False), torch.randn(2, 20, 5, 5)
 
 
 @pytest.mark.parametrize("scales", ["dynamic", "static"])

@@ -62,6 +62,11 @@ class Absorbed(nn.Module):
         """The module as it was."""
         return self._held[0]
 
+    @property
+    def layer(self) -> PackedLayer:
+        """The layer that does its work."""
+        return self._held[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """x.
 
@@ -81,17 +86,26 @@ class Absorbed(nn.Module):
 
 
 def fuse_(model: nn.Module) -> FusionReport:
-    """Let the packed layers of a model in evaluation take over what stands next to them."""
+    """Let the packed layers of a model in evaluation take over what stands next to them.
+
+    Layers that did so before stay as they are.
+    """
     report = FusionReport()
     names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, Absorbed):
+            layer = names[module.layer]
+            report.fused.setdefault(layer, []).append(f"{type(module.original).__name__} {name}")
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for part, graph in _traces(model):
         modules = dict(part.named_modules())
-        calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+        chain = _Chain(modules, Counter(), places, names, report)
+        chain.calls.update(str(node.target) for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
             layer = modules.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, PackedLayer) and layer.neighbours == Neighbours():
-                _fuse(model, layer, node, _Chain(modules, calls, places, names, report))
+                _fuse(layer, node, chain)
+        replace(model, chain.absorbed)
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer) and name not in report.fused and name not in report.left:
             report.left[name] = ["its neighbours: torch.fx cannot trace the forward pass that calls it"]
@@ -117,19 +131,21 @@ def replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
 
 @dataclass
 class _Chain:
-    """What is known about the modules around a layer."""
+    """What is known about the modules of a part of a network."""
 
     modules: dict[str, nn.Module]
     calls: Counter[str]
     places: Counter[int]
     names: dict[nn.Module, str]
     report: FusionReport
+    absorbed: dict[nn.Module, nn.Module] = field(default_factory=dict)
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls with one tensor and nothing else, if it does."""
         if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
             return None
-        return self.modules.get(str(node.target))
+        module = self.modules.get(str(node.target))
+        return None if module in self.absorbed else module  # another layer has taken it
 
     def why_keeps(self, node: fx.Node, layer: PackedLayer) -> str | None:
         """Why the module that a node next to the layer calls must keep its work, if it must."""
@@ -149,7 +165,7 @@ class _Chain:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _fuse(model: nn.Module, layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
+def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
     name = chain.names[layer]
     left = chain.report.left.setdefault(name, [])
     if layer.spec.config.activation == "fp":
@@ -168,7 +184,7 @@ def _fuse(model: nn.Module, layer: PackedLayer, node: fx.Node, chain: _Chain) ->
         return
     chain.report.fused[name] = [f"{type(m).__name__} {chain.names[m]}" for m in absorbed]
     layer.absorb(Neighbours(tuple(before), norm, nonlinearity))
-    replace(model, {m: Absorbed(m, layer) for m in absorbed})
+    chain.absorbed |= {m: Absorbed(m, layer) for m in absorbed}
 
 
 def _before(layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]) -> list[nn.Module]:
@@ -233,6 +249,6 @@ def _traces(module: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
 
 def _lay_out_again(module: nn.Module, _incompatible_keys: Any) -> None:
     assert isinstance(module, Absorbed)
-    layer = module._held[1]
+    layer = module.layer
     if not any(t.is_meta for t in [*layer.buffers(), *module._buffers.values()] if t is not None):
         layer.lay_out()
