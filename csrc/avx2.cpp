@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernel_conv.h"
+#include "kernel_fold.h"
 #include "kernel_pack.h"
 
 namespace foldbit {
@@ -127,6 +128,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", kAvx2, pack_row<Avx2>, conv_row<Avx2>};
+const Kernels avx2_kernels = {"avx2", kAvx2, pack_row<Avx2>, conv_row<Avx2>,
+                               row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernel_conv.h"
+#include "kernel_fold.h"
 #include "kernel_pack.h"
 
 namespace foldbit {
@@ -58,6 +59,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_row<Avx512>};
+const Kernels avx512_kernels = {"avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_row<Avx512>,
+                               row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "rows.h"
+
 namespace foldbit {
 
 constexpr int kWordBits = 32;
@@ -73,6 +75,8 @@ struct Kernels {
   void (*pack)(const Pack&, int64_t image, int64_t y, int64_t begin, int64_t end);
   // Output pixels [begin, end) of output row y of an image.
   void (*conv)(const Conv&, int64_t image, int64_t y, int64_t begin, int64_t end);
+  RowKernels<float> float_rows;
+  RowKernels<double> double_rows;
 };
 
 enum Features : uint32_t { kAvx2 = 1, kAvx512F = 2, kAvx512Vpopcntdq = 4 };

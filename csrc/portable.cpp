@@ -2,6 +2,7 @@
 // CPU has; bits are counted by adding neighbours, and the counts stay in bytes while they fit.
 
 #include "kernel_conv.h"
+#include "kernel_fold.h"
 #include "kernel_pack.h"
 
 namespace foldbit {
@@ -115,6 +116,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", 0, pack_row<Portable>, conv_row<Portable>};
+const Kernels portable_kernels = {"portable", 0, pack_row<Portable>, conv_row<Portable>,
+                               row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

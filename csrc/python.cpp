@@ -18,6 +18,7 @@ using namespace nb::literals;
 
 namespace foldbit {
 
+void bind_rows(nb::module_& m);   // python_rows.cpp
 void bind_solve(nb::module_& m);  // python_solve.cpp
 
 namespace {
@@ -316,6 +317,7 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas, "Names of the instruction sets this machine can run, the best last.");
   m.def("current_isa", [] { return std::string(current_kernels().name); });
   m.def("force_isa", &force_isa, "name"_a);
+  bind_rows(m);
   bind_solve(m);
 }
 

@@ -6,8 +6,10 @@
 
 #include <initializer_list>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "solve.h"
@@ -33,7 +35,8 @@ nb::object as_numpy(std::unique_ptr<double[]> data, std::initializer_list<size_t
   return nb::cast(nb::ndarray<nb::numpy, double>(data.release(), shape, owner));
 }
 
-nb::tuple solve_rows_py(nb::handle given, const std::string& scheme_name, int threads, double tolerance) {
+nb::tuple solve_rows_py(nb::handle given, const std::string& scheme_name, int threads, double tolerance,
+                         double clamp) {
   nb::ndarray<nb::ro> x;
   if (!nb::try_cast(given, x, false)) {
     const std::string type = nb::cast<std::string>(nb::type_name(given.type()));
@@ -63,12 +66,15 @@ nb::tuple solve_rows_py(nb::handle given, const std::string& scheme_name, int th
     throw nb::value_error(("tolerance must be at least 0, got " + std::to_string(tolerance)).c_str());
   }
 
+  if (!(clamp > 0)) throw nb::value_error(("clamp must be positive, got " + std::to_string(clamp)).c_str());
+
   const SolveScheme scheme = scheme_name == "ls-2" ? SolveScheme::two_planes : SolveScheme::ternary;
   std::unique_ptr<double[]> scales(new double[2 * rows]), excess(new double[rows]);
   const auto solve = [&](const auto* data) {
+    using T = std::decay_t<decltype(*data)>;
     const nb::gil_scoped_release release;
-    solve_rows(data, static_cast<int64_t>(rows), static_cast<int64_t>(n), x.stride(0), scheme, tolerance, threads,
-               scales.get(), excess.get());
+    solve_rows(data, static_cast<int64_t>(rows), static_cast<int64_t>(n), x.stride(0), scheme, static_cast<T>(clamp),
+               tolerance, threads, scales.get(), excess.get());
   };
   if (is_float) {
     solve(static_cast<const float*>(x.data()));
@@ -82,8 +88,10 @@ nb::tuple solve_rows_py(nb::handle given, const std::string& scheme_name, int th
 
 void bind_solve(nb::module_& m) {
   m.def("solve_rows", &solve_rows_py, "x"_a.none(), "scheme"_a, "threads"_a = 1, "tolerance"_a = 1e-12,
+        "clamp"_a = std::numeric_limits<double>::infinity(),
         "Scales of least squared error, [rows, n] -> [rows, 2], and [rows] a bound on what they leave to gain:\n"
-        "(squared error - least squared error) / ‖x‖². It is at most the tolerance.");
+        "(squared error - least squared error) / ‖x‖². It is at most the tolerance.\n"
+        "x is clipped to [-clamp, clamp] as it is read.");
 }
 
 }  // namespace foldbit

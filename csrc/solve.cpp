@@ -63,6 +63,13 @@ struct Split {
   double gain() const { return p_squared / q; }
 };
 
+// |x| clipped to the limit; NaN stays NaN.
+template <class T>
+T clipped(T value, T limit) {
+  const T magnitude = std::fabs(value);
+  return limit < magnitude ? limit : magnitude;
+}
+
 // What one look at all magnitudes tells.
 template <class T>
 struct Summary {
@@ -71,7 +78,7 @@ struct Summary {
 };
 
 template <class T>
-Summary<T> summarize(const T* x, size_t n) {
+Summary<T> summarize(const T* x, size_t n, T limit) {
   // Independent lanes, because the compiler may not reorder additions of floats; this many, so that it makes
   // vectors of the loop over lanes instead of unrolling it into scalars.
   constexpr size_t kLanes = 32;
@@ -80,7 +87,7 @@ Summary<T> summarize(const T* x, size_t n) {
   std::fill_n(lowest, kLanes, std::numeric_limits<T>::infinity());
   std::fill_n(highest, kLanes, T(0));
   const auto add = [&](size_t lane, T value) {
-    const T magnitude = std::fabs(value);
+    const T magnitude = clipped(value, limit);
     sum[lane] += magnitude;
     lowest[lane] = magnitude < lowest[lane] ? magnitude : lowest[lane];
     highest[lane] = magnitude > highest[lane] ? magnitude : highest[lane];
@@ -104,8 +111,8 @@ Summary<T> summarize(const T* x, size_t n) {
 template <class T>
 class Grid {
  public:
-  Grid(const Summary<T>& summary, size_t n, size_t equal_bins)
-      : lowest_(summary.lowest), highest_(summary.highest), last_(static_cast<T>(equal_bins)) {
+  Grid(const Summary<T>& summary, size_t n, size_t equal_bins, T limit)
+      : lowest_(summary.lowest), highest_(summary.highest), limit_(limit), last_(static_cast<T>(equal_bins)) {
     // Six times the mean holds all but a little of most data, and at least five sixths of any. Equal bins up to
     // the end of a heavy tail would put all the rest in one of them.
     const double full = double(highest_) - double(lowest_), mean = summary.sum / double(n) - double(lowest_);
@@ -121,7 +128,7 @@ class Grid {
   size_t bins() const { return static_cast<size_t>(last_) + 1; }
 
   int32_t bin(T value) const {
-    const T place = (std::fabs(value) - lowest_) * bins_per_unit_;
+    const T place = (clipped(value, limit_) - lowest_) * bins_per_unit_;
     return static_cast<int32_t>(place < last_ ? place : last_);
   }
 
@@ -135,7 +142,7 @@ class Grid {
  private:
   static constexpr double kSlack = 4 * double(std::numeric_limits<T>::epsilon());
 
-  T lowest_, highest_, last_, bins_per_unit_;
+  T lowest_, highest_, limit_, last_, bins_per_unit_;
   double width_;
   bool usable_;
 };
@@ -189,8 +196,8 @@ constexpr size_t kMaxBins = 1024;
 template <class Objective, class T>
 class Search {
  public:
-  Search(Objective objective, Split first, double tolerated_gain, Scratch<T>& scratch)
-      : objective_(objective), best_(first), tolerated_gain_(tolerated_gain), scratch_(scratch) {}
+  Search(Objective objective, Split first, double tolerated_gain, T limit, Scratch<T>& scratch)
+      : objective_(objective), best_(first), tolerated_gain_(tolerated_gain), limit_(limit), scratch_(scratch) {}
 
   void row(const T* x, size_t n, const Summary<T>& summary) {
     if (n <= kRankAtMost) return by_rank(x, n, 0, 0);
@@ -208,14 +215,14 @@ class Search {
 
   void stretch(const T* x, size_t n, double m, double low, int level) {
     if (n <= kRankAtMost) return by_rank(x, n, m, low);
-    const Summary<T> summary = summarize(x, n);
+    const Summary<T> summary = summarize(x, n, limit_);
     if (summary.lowest == summary.highest) return;  // no split among equals beats both ends
     if (level == Scratch<T>::kLevels) return by_sorting(x, n, m, low);
     by_histogram(x, n, summary, m, low, level);
   }
 
   void by_histogram(const T* x, size_t n, const Summary<T>& summary, double m, double low, int level) {
-    const Grid<T> grid(summary, n, std::min(kMaxBins, std::max<size_t>(16, n / kMagnitudesPerBin)));
+    const Grid<T> grid(summary, n, std::min(kMaxBins, std::max<size_t>(16, n / kMagnitudesPerBin)), limit_);
     if (!grid.usable()) return by_sorting(x, n, m, low);
     fill_bins(grid, x, n);
     try_edges(grid.bins(), m, low);
@@ -243,7 +250,7 @@ class Search {
     static_assert(kRankAtMost % kWhole == 0);
     T magnitudes[kRankAtMost];
     const size_t padded = (n + kWhole - 1) / kWhole * kWhole;
-    for (size_t i = 0; i < n; ++i) magnitudes[i] = std::fabs(x[i]);
+    for (size_t i = 0; i < n; ++i) magnitudes[i] = clipped(x[i], limit_);
     std::fill(magnitudes + n, magnitudes + padded, std::numeric_limits<T>::infinity());
 
     scratch_.bins.assign(n, Bin{0, 0});
@@ -258,7 +265,7 @@ class Search {
   void by_sorting(const T* x, size_t n, double m, double low) {
     std::vector<T>& sorted = scratch_.sorted;
     sorted.resize(n);
-    std::transform(x, x + n, sorted.begin(), [](T value) { return std::fabs(value); });
+    std::transform(x, x + n, sorted.begin(), [this](T value) { return clipped(value, limit_); });
     std::sort(sorted.begin(), sorted.end());
     for (size_t i = 0; i + 1 < n; ++i) {
       m += 1;
@@ -274,9 +281,9 @@ class Search {
     const size_t bins = grid.bins();
     scratch_.bins.assign(bins * kCopies, Bin{0, 0});
     Bin* const table = scratch_.bins.data();
-    for_each_block(grid, x, n, [table](const T* values, const int32_t* bin, size_t length) {
+    for_each_block(grid, x, n, [table, limit = limit_](const T* values, const int32_t* bin, size_t length) {
       const auto add = [=](size_t i, size_t copy) {
-        table[static_cast<size_t>(bin[i]) * kCopies + copy].add(std::fabs(values[i]));
+        table[static_cast<size_t>(bin[i]) * kCopies + copy].add(clipped(values[i], limit));
       };
       size_t i = 0;
       for (; i + kCopies <= length; i += kCopies) {
@@ -343,7 +350,7 @@ class Search {
     }
     const int32_t first = static_cast<int32_t>(candidates.front().bin);
     const int32_t last = static_cast<int32_t>(candidates.back().bin);
-    for_each_block(grid, x, n, [=](const T* values, const int32_t* bin, size_t length) {
+    for_each_block(grid, x, n, [=, limit = limit_](const T* values, const int32_t* bin, size_t length) {
       const auto in_reach = [=](size_t i) { return int32_t(first <= bin[i]) & int32_t(bin[i] <= last); };
       // Most runs of a long row hold no candidate's magnitude, which a vectorized loop sees. Where in a run one
       // is cannot be predicted, so the loop that finds it does not branch.
@@ -360,7 +367,7 @@ class Search {
         }
         for (size_t k = 0; k < count; ++k) {
           T*& end = ends[bin[found[k]]];
-          if (end) *end++ = std::fabs(values[found[k]]);
+          if (end) *end++ = clipped(values[found[k]], limit);
         }
       }
     });
@@ -394,6 +401,7 @@ class Search {
   const Objective objective_;
   Split best_;
   const double tolerated_gain_;
+  const T limit_;
   double unopened_gain_ = 0;
   Scratch<T>& scratch_;
 };
@@ -403,11 +411,12 @@ struct Solution {
 };
 
 template <class T>
-Solution solve_two_planes(const T* x, size_t n, const Summary<T>& summary, double tolerance, Scratch<T>& scratch) {
+Solution solve_two_planes(const T* x, size_t n, const Summary<T>& summary, T limit, double tolerance,
+                          Scratch<T>& scratch) {
   const double count = double(n), mean = summary.sum / count;
   const double mean_part = summary.sum * mean;  // of ‖x‖²: what one level saves
   const Split none{0, 0, 0, 1};
-  Search<TwoPlanes, T> search({count, summary.sum}, none, tolerance * mean_part, scratch);
+  Search<TwoPlanes, T> search({count, summary.sum}, none, tolerance * mean_part, limit, scratch);
   search.row(x, n, summary);
   const Split& best = search.best();
   const double excess = search.missed_gain() / (mean_part + best.gain());
@@ -417,10 +426,11 @@ Solution solve_two_planes(const T* x, size_t n, const Summary<T>& summary, doubl
 }
 
 template <class T>
-Solution solve_ternary(const T* x, size_t n, const Summary<T>& summary, double tolerance, Scratch<T>& scratch) {
+Solution solve_ternary(const T* x, size_t n, const Summary<T>& summary, T limit, double tolerance,
+                       Scratch<T>& scratch) {
   const double count = double(n);
   const Split none{0, 0, summary.sum * summary.sum, count};
-  Search<Ternary, T> search({count, summary.sum}, none, tolerance * none.gain(), scratch);
+  Search<Ternary, T> search({count, summary.sum}, none, tolerance * none.gain(), limit, scratch);
   search.row(x, n, summary);
   const Split& best = search.best();
   const double level = (summary.sum - best.low) / (count - best.m);
@@ -428,8 +438,8 @@ Solution solve_ternary(const T* x, size_t n, const Summary<T>& summary, double t
 }
 
 template <class T>
-Solution solve_row(const T* x, size_t n, SolveScheme scheme, double tolerance, Scratch<T>& scratch) {
-  const Summary<T> summary = summarize(x, n);
+Solution solve_row(const T* x, size_t n, SolveScheme scheme, T limit, double tolerance, Scratch<T>& scratch) {
+  const Summary<T> summary = summarize(x, n, limit);
   const T highest = summary.highest;
   if (std::isnan(summary.sum) || std::isinf(highest)) {
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -443,22 +453,23 @@ Solution solve_row(const T* x, size_t n, SolveScheme scheme, double tolerance, S
     // Sums of squares must not overflow nor vanish. Powers of two scale exactly, and what underflows is nothing
     // beside the highest.
     if (highest > 0x1p400 || highest < 0x1p-400) {
+      constexpr T kUnlimited = std::numeric_limits<T>::infinity();
       const int exponent = std::ilogb(highest);
       scratch.rescaled.resize(n);
-      std::transform(x, x + n, scratch.rescaled.begin(), [=](T value) { return std::scalbn(value, -exponent); });
-      const Solution solution = solve_row(scratch.rescaled.data(), n, scheme, tolerance, scratch);
+      std::transform(x, x + n, scratch.rescaled.begin(), [=](T value) { return std::scalbn(clipped(value, limit), -exponent); });
+      const Solution solution = solve_row(scratch.rescaled.data(), n, scheme, kUnlimited, tolerance, scratch);
       return {std::scalbn(solution.v1, exponent), std::scalbn(solution.v2, exponent), solution.excess};
     }
   }
-  if (scheme == SolveScheme::two_planes) return solve_two_planes(x, n, summary, tolerance, scratch);
-  return solve_ternary(x, n, summary, tolerance, scratch);
+  if (scheme == SolveScheme::two_planes) return solve_two_planes(x, n, summary, limit, tolerance, scratch);
+  return solve_ternary(x, n, summary, limit, tolerance, scratch);
 }
 
 }  // namespace
 
 template <class T>
-void solve_rows(const T* x, int64_t rows, int64_t n, int64_t row_stride, SolveScheme scheme, double tolerance,
-                int threads, double* scales, double* excess) {
+void solve_rows(const T* x, int64_t rows, int64_t n, int64_t row_stride, SolveScheme scheme, T limit,
+                double tolerance, int threads, double* scales, double* excess) {
   // Short rows go to the threads in batches: one alone is less work than handing it out.
   const int64_t batch = std::max<int64_t>(1, 16384 / n);
   parallel_for((rows + batch - 1) / batch, threads, [&](int64_t task) {
@@ -466,7 +477,7 @@ void solve_rows(const T* x, int64_t rows, int64_t n, int64_t row_stride, SolveSc
     const int64_t end = std::min(rows, (task + 1) * batch);
     for (int64_t row = task * batch; row < end; ++row) {
       const T* const values = x + row * row_stride;
-      const Solution solution = solve_row(values, static_cast<size_t>(n), scheme, tolerance, scratch);
+      const Solution solution = solve_row(values, static_cast<size_t>(n), scheme, limit, tolerance, scratch);
       scales[2 * row] = solution.v1;
       scales[2 * row + 1] = solution.v2;
       excess[row] = solution.excess;
@@ -475,7 +486,8 @@ void solve_rows(const T* x, int64_t rows, int64_t n, int64_t row_stride, SolveSc
   });
 }
 
-template void solve_rows(const float*, int64_t, int64_t, int64_t, SolveScheme, double, int, double*, double*);
-template void solve_rows(const double*, int64_t, int64_t, int64_t, SolveScheme, double, int, double*, double*);
+template void solve_rows(const float*, int64_t, int64_t, int64_t, SolveScheme, float, double, int, double*, double*);
+template void solve_rows(const double*, int64_t, int64_t, int64_t, SolveScheme, double, double, int, double*,
+                         double*);
 
 }  // namespace foldbit

@@ -17,9 +17,9 @@ ROOT = Path(foldbit.__file__).parent
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["demo", "benchmark"],
+    ["demo", "benchmark", "analyze"],
     ["training", "analysis"],
-    ["summary", "timing"],
+    ["summary", "calibrate", "timing"],
     ["convert"],
     ["models"],
     ["packed", "nn"],

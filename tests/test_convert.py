@@ -237,6 +237,10 @@ def test_a_bare_layer_is_refused(layer):
             r"layer blocks\.1\.conv: group_size 5 does not divide",
         ),
         (
+            fb.QuantConfig(granularity="rank", rank=50),
+            r"layer blocks\.1\.conv: rank 50 does not fit a matrix of",
+        ),
+        (
             fb.QuantConfig(activation_estimator="magic"),
             r"layer blocks\.1\.conv: unknown gradient estimator 'magic'",
         ),
@@ -369,6 +373,7 @@ def damaged(model):
 
 
 STATIC = fb.QuantConfig(activation_scales="static")
+RANK_1 = fb.QuantConfig(granularity="rank", rank=1)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +386,14 @@ STATIC = fb.QuantConfig(activation_scales="static")
             "layer along cannot be packed: its weight is float",
         ),
         (lambda: damaged(fb.quantize_(net(), W1A2, skip=())), "layer head cannot be packed.*NaN"),
+        (
+            lambda: fb.quantize_(net(), W1A2, overrides={"along": fb.QuantConfig(granularity="input")}),
+            "layer along cannot be packed: with granularity 'input' .* along the sum .*train with 'channel'",
+        ),
+        (
+            lambda: fb.quantize_(net(), W1A2, overrides={"along": RANK_1}),
+            "layer along cannot be packed: with granularity 'rank' .* along the sum .*train with 'channel'",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused_and_unchanged(make, message):

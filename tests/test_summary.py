@@ -125,6 +125,20 @@ def test_memory_of_one_layer_by_hand():
     assert row.float_memory == 4 * (12 * 6 * 2 + 12)
 
 
+@pytest.mark.parametrize(
+    ("fields", "scales"),
+    [({"granularity": "input"}, 2 * 8), ({"granularity": "rank", "rank": 2}, 2 * 2 * (12 + 2 * 6))],
+)
+def test_layers_that_cannot_be_packed_count_their_planes_and_scales_and_are_named(fields, scales):
+    found = fb.summary(net(fb.QuantConfig("ls-2", "ls-2", **fields)), SIZE)
+    row = rows(found)["grouped"]
+    assert row.parameters == {2: 12 * 6 * 2, 32: scales + 12}
+    assert row.memory == 2 * 12 * 6 + 4 * (scales + 12)
+    assert list(found.not_packable) == QUANTIZED
+    assert "cannot be packed, and counted as if" in str(found) and "along the sum" in str(found)
+    assert fb.summary(net(CONFIGS[0]), SIZE).not_packable == {}
+
+
 # --- multiply-accumulates
 
 

@@ -12,6 +12,8 @@ from foldbit.core.folding import Quantized as Quantized
 from foldbit.core.folding import fold as fold
 from foldbit.core.folding import quantize as quantize
 from foldbit.core.folding import unfold as unfold
+from foldbit.core.low_rank import LowRank as LowRank
+from foldbit.core.low_rank import low_rank as low_rank
 from foldbit.core.schemes import Scheme as Scheme
 from foldbit.core.solvers import solve as solve
 from foldbit.nn.layers import QuantConv1d as QuantConv1d

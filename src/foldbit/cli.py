@@ -1,4 +1,4 @@
-"""The command line, foldbit train | evaluate | summary | pack | bench | demo: wires, decides nothing."""
+"""The command line, foldbit train | evaluate | summary | pack | analyze | bench | demo: it only wires."""
 
 from __future__ import annotations
 
@@ -75,6 +75,33 @@ def pack(run: str, out: str | None = None) -> None:
     print(f"packed {run} into {path}: {nbytes(size)}")
 
 
+def analyze(
+    what: list[str],
+    out: str = "analysis.html",
+    schemes: list[str] | None = None,
+    images: int = 128,
+    data: str | None = None,
+    seed: int = 0,
+) -> None:
+    """See what quantization loses, and why 2 bits: a page of pictures, and their numbers as JSON.
+
+    Weights, and activations where there are inputs, are approximated by every scheme. The page shows the
+    error and the angle of each layer, error against bits and operations, and where the levels go.
+
+    Args:
+        what: see ``_ABOUT_WHAT``.
+        out: the page to write, one file that works offline; the JSON file is written beside it.
+        schemes: what to compare, such as [ls-1,ls-2,gf-2]; ls-1, ls-T, gf-2 and ls-2 unless given.
+        images: how many test images run through the network of a run folder.
+        data: a folder with that network's data set, where it is not found by itself.
+        seed: of the samples of distributions, and of random weights.
+    """
+    from foldbit import analyze as analysis
+
+    page = analysis.run(what, out, compared=schemes or analysis.SCHEMES, images=images, data=data, seed=seed)
+    print(f"wrote {page} and {page.with_suffix('.json')}")
+
+
 def bench(
     what: str, input_size: list[int] | None = None, threads: int | None = None, seconds: float = 3.0
 ) -> None:
@@ -142,7 +169,10 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             # A name is only another way to spell a file, and keeps its place among the other options.
             arguments = _spell_out(arguments, path_of)
         else:
-            sub.add_function_arguments(command, as_positional=True, as_group=False)
+            listed: set[str | int] = {"what"} if command is analyze else set()
+            for argument in listed:  # jsonargparse would take one value, a list in YAML
+                sub.add_argument(str(argument), nargs="+", help=_ABOUT_WHAT)
+            sub.add_function_arguments(command, as_positional=True, as_group=False, skip=listed)
         commands.add_subcommand(name, sub, help=about.partition("\n")[0])
     parsed = parser.instantiate(parser.parse_args(arguments))
     name = parsed.subcommand
@@ -163,11 +193,19 @@ def _spell_out(arguments: list[str], path_of: Callable[[str], Path]) -> list[str
     return spelled
 
 
+_ABOUT_WHAT = (
+    "one or more of: a distribution (normal, laplace, uniform, logistic, student-t, relu-normal, "
+    "half-normal, log-normal); a run folder of foldbit; a .pt, .pth, .bin, .ckpt, .safetensors or .onnx "
+    "file; a trained network that a package brings (efficientnet-lite0, all-minilm-l6-v2), "
+    "torchvision/NAME or timm/NAME; a model of foldbit, with random weights"
+)
+
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "summary": summary,
     "pack": pack,
+    "analyze": analyze,
     "bench": bench,
     "demo": demo,
 }

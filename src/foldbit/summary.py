@@ -53,11 +53,13 @@ class Summary:
         layers: a row for every layer that holds tensors.
         file_bytes: the size of the packed file, header included: what ``save_packed`` writes.
         left_float: why layers stayed float, for a model that went through ``quantize_``.
+        not_packable: why layers cannot be packed. They count as if a file held their planes and scales.
     """
 
     layers: tuple[LayerSummary, ...]
     file_bytes: int
     left_float: dict[str, str] = field(default_factory=dict)
+    not_packable: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Counter[int]:
@@ -127,6 +129,9 @@ class Summary:
         ]
         if self.left_float:
             lines += ["", "left float"] + [f"  {name}: {reason}" for name, reason in self.left_float.items()]
+        if self.not_packable:
+            lines += ["", "cannot be packed, and counted as if a file held their planes and scales"]
+            lines += [f"  {name}: {reason}" for name, reason in self.not_packable.items()]
         return "\n".join(lines)
 
 
@@ -154,7 +159,12 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
         left_float = convert.conversion_report(model).left_float
     except ValueError:
         left_float = {}
-    return Summary(rows, convert.packed_size(model), left_float)
+    not_packable = {
+        name: module.config.why_not_packed
+        for name, module in model.named_modules()
+        if isinstance(module, QuantConv2d | QuantConv1d | QuantLinear) and module.config.why_not_packed
+    }
+    return Summary(rows, convert.packed_size(model), left_float, not_packable)
 
 
 def _summarise(name: str, module: nn.Module, output_shapes: list[torch.Size]) -> LayerSummary:

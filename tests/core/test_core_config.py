@@ -46,6 +46,9 @@ def test_configs_are_frozen_and_compared_by_value():
         fb.QuantConfig("gf-3", "fp", granularity="group", group_size=16, weight_estimator="scaled"),
         fb.QuantConfig("ls-T", "ls-T", "tensor", activation_scales="static", clamp=1.5),
         fb.QuantConfig(activation_granularity="tensor", activation_estimator="polynomial", clamp=3),
+        fb.QuantConfig("ls-T", granularity="input"),
+        fb.QuantConfig("ls-2", granularity="rank", rank=3),
+        fb.QuantConfig("fp", granularity="rank", rank=3),
     ],
 )
 def test_json_and_back(config):
@@ -70,7 +73,7 @@ def test_missing_fields_take_their_defaults_and_unknown_ones_are_refused():
         ({"activation": schemes.parse("ls-2")}, TypeError, "activation is a name; got Scheme"),
         ({"weight_estimator": None}, TypeError, "weight_estimator is a name; got None"),
         ({"activation_estimator": 3}, TypeError, "activation_estimator is a name; got 3"),
-        ({"granularity": "row"}, ValueError, "one of 'tensor', 'channel', 'group'; got 'row'"),
+        ({"granularity": "row"}, ValueError, "'tensor', 'channel', 'group', 'input', 'rank'; got 'row'"),
         ({"granularity": "sample"}, ValueError, "granularity is one of"),
         ({"activation_scales": "fixed"}, ValueError, "one of 'dynamic', 'static'; got 'fixed'"),
         ({"activation_granularity": "channel"}, ValueError, "one of 'sample', 'tensor'; got 'channel'"),
@@ -79,6 +82,13 @@ def test_missing_fields_take_their_defaults_and_unknown_ones_are_refused():
         ({"granularity": "group", "group_size": 0}, ValueError, "at least 1; got 0"),
         ({"granularity": "group", "group_size": True}, ValueError, "at least 1; got True"),
         ({"granularity": "group", "group_size": 2.0}, ValueError, "a number of input channels"),
+        ({"granularity": "rank"}, ValueError, "rank goes with granularity='rank' and only with it; .*None"),
+        ({"rank": 2}, ValueError, "only with it; got granularity='channel', rank=2"),
+        *(
+            ({"granularity": "rank", "rank": rank}, ValueError, "rank is a whole number, at least 1; got")
+            for rank in [0, -1, True, 1.0, "1"]
+        ),
+        ({"granularity": "rank", "rank": 1, "weight": "ls-T"}, ValueError, "ls-1, ls-2 and gf-k; got .*ls-T"),
         *(
             ({"clamp": clamp}, ValueError, "clamp is a positive, finite number or None; got")
             for clamp in [0, -1.0, math.inf, math.nan, "2", True]
@@ -90,3 +100,11 @@ def test_mistakes_are_told(fields, error, message):
         fb.QuantConfig(**fields)
     with pytest.raises(error, match=message):
         fb.QuantConfig.from_dict(fields)
+
+
+def test_scales_that_vary_along_the_sum_cannot_be_packed_and_say_so():
+    for granularity, fields in [("input", {}), ("rank", {"rank": 1})]:
+        reason = fb.QuantConfig(granularity=granularity, **fields).why_not_packed
+        assert f"{granularity!r}" in reason and "along the sum" in reason and "train with 'channel'" in reason
+    for fields in [{}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 2}]:
+        assert fb.QuantConfig(**fields).why_not_packed is None

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import foldbit as fb
 from foldbit.core import solvers
+from foldbit.kernels import native
 
 EXACT = ["ls-1", "ls-2", "ls-T"]
 GREEDY = [f"gf-{k}" for k in range(1, 9)]
@@ -305,16 +306,15 @@ def test_what_cannot_be_certified_or_searched_for_is_refused():
 
 def test_the_cpu_runs_the_native_core_and_a_device_without_memory_sorts(monkeypatch):
     calls = []
-    native = solvers.native.solve_rows
-    monkeypatch.setattr(
-        solvers.native, "solve_rows", lambda *a, **options: calls.append(a) or native(*a, **options)
-    )
+    inside = native.solve_rows
+    monkeypatch.setattr(native, "solve_rows", lambda *a, **options: calls.append(a) or inside(*a, **options))
     x = torch.randn(2, 9)
     for y in [x, x.half(), torch.nn.Parameter(x), x.T, x.clone().requires_grad_()]:
-        calls.clear()
-        assert fb.solve(y, "ls-2").shape == (len(y), 2) and len(calls) == 1
+        for scheme, planes in [("ls-1", 1), ("ls-2", 2), ("ls-T", 2), ("gf-3", 3)]:
+            calls.clear()
+            scales = fb.solve(y, scheme)
+            assert scales.shape == (len(y), planes) and len(calls) == 1 and not scales.requires_grad
     calls.clear()
-    assert fb.solve(x, "ls-1").shape == (2, 1)
     assert fb.solve(torch.randn(2, 9, device="meta"), "ls-T").shape == (2, 2)
     assert not calls
 
@@ -322,8 +322,42 @@ def test_the_cpu_runs_the_native_core_and_a_device_without_memory_sorts(monkeypa
 def test_without_a_native_core_it_sorts(monkeypatch):
     x = torch.randn(4, 100, dtype=torch.float64)
     expected = fb.solve(x, "ls-2")
-    monkeypatch.setattr(solvers.native, "_native", None)
+    monkeypatch.setattr(native, "_native", None)
     torch.testing.assert_close(fb.solve(x, "ls-2"), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Clamp
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_clamp_solves_for_the_clipped_tensor(path, scheme, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 700, dtype=torch.float64, generator=generator)
+    x[1] *= 1e-3  # nothing to clip
+    x[2] *= 1e3  # nearly all
+    x[3, 5] = torch.inf
+    x[4, 5] = torch.nan
+    x = x.to(dtype)
+    for clamp in [0.3, 2.0]:
+        with forced(path):
+            got = fb.solve(x, scheme, clamp=clamp)
+            expected = fb.solve(x.clamp(-clamp, clamp), scheme)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0, equal_nan=True)
+        assert got.isfinite().all(1).tolist() == [True, True, True, True, False, True]
+        short = fb.solve(x[:, :9].T, scheme, 0, clamp=clamp)  # ranked, not binned
+        torch.testing.assert_close(short, fb.solve(x[:, :9].clamp(-clamp, clamp), scheme), equal_nan=True)
+
+
+def test_a_clamp_is_certified_too():
+    x = torch.randn(3, 5000)
+    scales, excess = fb.solve(x, "ls-2", clamp=1.0, certificate=True)
+    assert torch.equal(scales, fb.solve(x.clamp(-1, 1), "ls-2")) and (excess <= 1e-12).all()
+    for clamp in [0.0, -1.0, float("nan")]:
+        with pytest.raises(ValueError, match="clamp is a positive number or None; got"):
+            fb.solve(x, "ls-2", clamp=clamp)
 
 
 # ---------------------------------------------------------------------------------------------------------

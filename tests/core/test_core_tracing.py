@@ -5,6 +5,8 @@ import torch
 
 import foldbit as fb
 from foldbit.core import solvers
+from foldbit.kernels import native
+from foldbit.nn import estimators
 
 SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-1", "gf-3"]
 
@@ -58,18 +60,53 @@ def test_export_of_any_batch_size():
         check(exported.module()(data(n)), data(n))
 
 
-def test_tracing_sorts_and_takes_nothing_from_the_native_core(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("traced code reached for a tensor's memory")
+def targets(exported):
+    return {str(n.target) for m in exported.graph_module.modules() for n in m.graph.nodes}
 
-    monkeypatch.setattr(solvers.native, "solve_rows", refuse)
-    torch.compiler.reset()
+
+def test_compiled_graphs_call_the_native_core_and_exported_ones_are_plain_torch(monkeypatch):
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            scales = fb.solve(x, "ls-2")
+            return scales, fb.solve(x, "gf-2"), estimators.approximate(x, scales, (3,), "scaled")
+
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    torch.compile(lambda x: fb.solve(x, "ls-2"), backend=backend, fullgraph=True)(data(2))
+    torch.compiler.reset()
+    torch.compile(Both(), backend=backend, fullgraph=True)(data(2))
     (graph,) = graphs
-    assert "sort" in graph.code and "solve_rows" not in graph.code
+    assert "foldbit.solve_rows" in graph.code and "sort" not in graph.code
+    assert "foldbit.approximate" in graph.code
+
+    def refuse(*_, **__):
+        raise AssertionError("an exported graph reached for the native core")
+
+    monkeypatch.setattr(native, "solve_rows", refuse)
+    monkeypatch.setattr(native, "approximate_rows", refuse)
+    for strict in [False, True]:
+        found = targets(torch.export.export(Both(), (data(2),), strict=strict))
+        assert not any("foldbit" in target for target in found) and any("sort" in target for target in found)
+
+
+class OfAnyLength(torch.nn.Module):
+    def forward(self, x):
+        return fb.solve(x, "ls-2", dim=None), fb.solve(x, "ls-2", dim=(1, 2)), fb.solve(x, "ls-2")
+
+
+def test_the_length_of_a_row_chooses_the_search_but_never_narrows_the_graph():
+    """Per tensor, a row is as long as the batch is large: one graph has to serve every batch."""
+    x = torch.randn(3, 2, solvers._LONG // 2, generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(OfAnyLength(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    targets = [str(node.target) for module in exported.graph_module.modules() for node in module.graph.nodes]
+    assert any("scatter_add" in t for t in targets) and any("sort" in t for t in targets)
+    compiled = torch.compile(OfAnyLength(), backend="eager", fullgraph=True, dynamic=True)
+    torch.compiler.reset()
+    for y in [x, x[:1], torch.cat([x, x])]:
+        for got, expected in zip(exported.module()(y), OfAnyLength()(y), strict=True):
+            torch.testing.assert_close(got, expected)
+        for got, expected in zip(compiled(y), OfAnyLength()(y), strict=True):
+            torch.testing.assert_close(got, expected)

@@ -221,7 +221,13 @@ def test_gradients_reach_inputs_weights_and_biases(case):
         assert twin.bias.grad.any()
 
 
-@pytest.mark.parametrize("config", [fb.QuantConfig(clamp=2.0), STATIC, fb.QuantConfig("ls-T", "ls-T")])
+INPUT = fb.QuantConfig("ls-2", granularity="input")
+RANK_2 = fb.QuantConfig("ls-2", granularity="rank", rank=2)
+
+
+@pytest.mark.parametrize(
+    "config", [fb.QuantConfig(clamp=2.0), STATIC, fb.QuantConfig("ls-T", "ls-T"), INPUT, RANK_2]
+)
 def test_a_layer_learns(config):
     torch.manual_seed(0)
     layer = nn.Sequential(QuantLinear(16, 32, config=config), nn.Linear(32, 1))
@@ -311,6 +317,8 @@ def test_configs_that_do_not_fit_are_refused():
         QuantConv2d(16, 4, 3, groups=4, config=grouped)
     with pytest.raises(ValueError, match="group_size 8 does not divide the 12"):
         from_float(nn.Linear(12, 4), grouped)
+    with pytest.raises(ValueError, match="rank 2 does not fit a matrix of 1×12"):
+        from_float(nn.Linear(12, 1), RANK_2)
     for field in ["weight_estimator", "activation_estimator"]:
         with pytest.raises(ValueError, match="unknown gradient estimator 'ste'"):
             QuantLinear(4, 4, config=fb.QuantConfig(**{field: "ste"}))
@@ -436,8 +444,17 @@ def test_compile_and_export_in_evaluation(config):
     torch.testing.assert_close(exported(x[:3]), model(x[:3]))
 
 
-def test_compile_in_training():
-    layer = QuantConv2d(3, 4, 3, config=fb.QuantConfig("ls-T", "ls-2", activation_estimator="polynomial"))
+@pytest.mark.parametrize(
+    "config",
+    [
+        fb.QuantConfig("ls-T", "ls-2", activation_estimator="polynomial"),
+        fb.QuantConfig("ls-1", "ls-1", "input"),
+        fb.QuantConfig("ls-1", "ls-1", "rank", rank=2),
+    ],
+    ids=lambda config: config.granularity,
+)
+def test_compile_in_training(config):
+    layer = QuantConv2d(3, 4, 3, config=config)
     x = torch.randn(4, 3, 8, 8)
     layer(x).square().sum().backward()
     expected, layer.weight.grad = layer.weight.grad, None

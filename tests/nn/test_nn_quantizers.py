@@ -75,6 +75,57 @@ def test_finer_granularities_are_no_worse():
         assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_input_channels_share_scales_over_the_outputs_of_their_group(scheme, groups, shape):
+    out = 6 if shape[0] > 1 else 3
+    weight = lattice(out, *shape[1:])
+    values = WeightQuantizer(fb.QuantConfig(scheme, granularity="input"), 12, groups)(weight)
+    assert values.shape == weight.shape and values.dtype == weight.dtype
+    step = out // groups
+    for group in range(groups):
+        for channel in range(12):
+            part = (slice(group * step, (group + 1) * step), channel)
+            alone = fb.quantize(weight[part].clone(), scheme, None).values()
+            torch.testing.assert_close(values[part], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("scheme", ["ls-1", "ls-2", "gf-3"])
+@pytest.mark.parametrize("shape", [(6, 12), (6, 4, 3, 3), (6, 1, 3, 3)])
+def test_a_rank_is_that_of_the_weight_as_a_matrix(shape, scheme, rank, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    quantizer = WeightQuantizer(fb.QuantConfig(scheme, granularity="rank", rank=rank), shape[1])
+    values = quantizer(weight)
+    assert values.shape == weight.shape and values.dtype == dtype
+    expected = fb.low_rank(weight.flatten(1), scheme, rank).values().reshape(shape)
+    channel = WeightQuantizer(fb.QuantConfig(scheme), shape[1])(weight)
+    errors = [float((v - weight).double().square().sum()) for v in (values, expected, channel)]
+    if dtype != torch.bfloat16:  # where factors are rounded, and their products here
+        torch.testing.assert_close(values, expected)
+    eps = torch.finfo(dtype).eps
+    energy = float(weight.double().square().sum())
+    assert errors[0] == pytest.approx(errors[1], rel=8 * eps, abs=8 * eps * (errors[1] * energy) ** 0.5)
+    assert errors[0] <= errors[2] or scheme.startswith("gf")
+
+
+@pytest.mark.parametrize("fields", [{"granularity": "input"}, {"granularity": "rank", "rank": 1}])
+def test_scales_along_the_sum_have_no_codes(fields):
+    with pytest.raises(ValueError, match=r"varies along the sum of a dot product.*train with 'channel'"):
+        WeightQuantizer(fb.QuantConfig(**fields), 4).codes(torch.randn(3, 4))
+
+
+def test_a_rank_must_fit_the_matrix():
+    config = fb.QuantConfig(granularity="rank", rank=4)
+    quantizer = WeightQuantizer(config, 1)
+    quantizer.check_fits(torch.empty(4, 1, 2, 2))
+    with pytest.raises(ValueError, match="rank 4 does not fit a matrix of 8×3: pick 1 to 3"):
+        quantizer.check_fits(torch.empty(8, 1, 3))
+    WeightQuantizer(fb.QuantConfig("fp", granularity="rank", rank=4), 1).check_fits(torch.empty(2, 1))
+
+
 def test_float_weights_pass_untouched():
     weight = torch.randn(4, 6)
     assert WeightQuantizer(fb.QuantConfig(weight="fp"), 6)(weight) is weight
@@ -89,14 +140,20 @@ def test_groups_must_divide_the_channels():
     assert WeightQuantizer(config, 15).segments == 3
 
 
-@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
-def test_weights_get_their_estimators_gradient(granularity, group_size):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"granularity": granularity, "group_size": size} for granularity, size in GRANULARITIES),
+        {"granularity": "input"},
+        {"granularity": "rank", "rank": 2},
+        {"granularity": "rank", "rank": 1, "weight": "ls-2"},
+    ],
+)
+def test_weights_get_their_estimators_gradient(fields):
     grad = lattice(6, 12, 3, 3, seed=1)
     for estimator in ["identity", "clipped"]:
         weight = lattice(6, 12, 3, 3).requires_grad_()
-        config = fb.QuantConfig(
-            granularity=granularity, group_size=group_size, weight_estimator=estimator, clamp=0.1
-        )
+        config = fb.QuantConfig(**fields, weight_estimator=estimator, clamp=0.1)
         WeightQuantizer(config, 12)(weight).backward(grad)
         expected = grad if estimator == "identity" else grad * (weight.detach().abs() <= 1)
         assert torch.equal(weight.grad, expected)

@@ -69,6 +69,20 @@ def test_plain_values_come_back_through_json(config):
     assert LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        (fb.QuantConfig("ls-2", granularity="input"), (2, 8)),
+        (fb.QuantConfig("ls-2", granularity="rank", rank=3), (2, 3, 6 + 4 * 6)),
+    ],
+)
+def test_scales_along_the_sum_have_a_size_and_no_file(config, scales):
+    spec = LayerSpec.of(nn.Conv2d(8, 6, (3, 2), groups=2), config)
+    assert spec.tensors()["scales"] == (torch.float32, scales)
+    with pytest.raises(ValueError, match="varies along the sum of a dot product"):
+        LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+
+
 def test_a_long_value_is_cut_in_the_error():
     fields = LayerSpec.of(nn.Linear(3, 3), CONFIG).to_dict()
     with pytest.raises(ValueError, match="kind is one of") as caught:

@@ -46,11 +46,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a note below it."""
+    """A table with a note below it; with a summary, folded away under it until the reader opens it."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,10 @@ def _render(part: Text | Table | Picture) -> str:
             for row in part.rows
         )
         note = f'<p class="note">{html.escape(part.note)}</p>' if part.note else ""
-        return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{note}'
+        drawn = f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{note}'
+        if part.summary:
+            return f"<details><summary>{html.escape(part.summary)}</summary>{drawn}</details>"
+        return drawn
     image = io.BytesIO()
     part.figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
     pyplot.close(part.figure)

@@ -59,7 +59,9 @@ def as_rows(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: where a row would be empty.
     """
-    inner = sorted(dims, key=lambda d: x.stride()[d], reverse=True)
+    # Under tracing strides may be symbols, which have no order.
+    tracing = torch.compiler.is_compiling()
+    inner = dims if tracing else sorted(dims, key=lambda d: x.stride()[d], reverse=True)
     outer = [d for d in range(x.ndim) if d not in dims]
     n = 1
     for d in dims:

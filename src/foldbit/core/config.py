@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from foldbit.core import schemes
+from foldbit.core import low_rank, schemes
 
-WeightGranularity = Literal["tensor", "channel", "group"]
+WeightGranularity = Literal["tensor", "channel", "group", "input", "rank"]
 ActivationScales = Literal["dynamic", "static"]
 ActivationGranularity = Literal["sample", "tensor"]
 
@@ -22,10 +22,13 @@ class QuantConfig:
     Attributes:
         weight: scheme of the weight; ``fp`` leaves it float.
         activation: scheme of the layer's input; ``fp`` leaves it float.
-        granularity: which weights share scales: the whole ``tensor``, an output ``channel``, or a
-            ``group`` of ``group_size`` consecutive input channels of an output channel.
+        granularity: which weights share scales: the whole ``tensor``, an output ``channel``, a ``group`` of
+            ``group_size`` consecutive input channels of an output channel, or an ``input`` channel; or
+            none, and the scales form a matrix of that ``rank`` (:mod:`foldbit.core.low_rank`). ``input``
+            and ``rank`` cannot be packed.
         group_size: input channels a group, only with ``granularity="group"``; it must divide the input
             channels that an output channel sees.
+        rank: of the scales of the weight as a matrix ``[out, in·taps]``, only with ``granularity="rank"``.
         activation_scales: ``dynamic`` scales are solved for each input as it comes, as in the paper's
             code; ``static`` ones are running statistics of training, fixed in evaluation, which is
             faster and what deployment wants.
@@ -44,6 +47,7 @@ class QuantConfig:
     activation: str = "ls-2"
     granularity: WeightGranularity = "channel"
     group_size: int | None = None
+    rank: int | None = None
     activation_scales: ActivationScales = "dynamic"
     activation_granularity: ActivationGranularity = "sample"
     clamp: float | None = None
@@ -66,6 +70,16 @@ class QuantConfig:
             )
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size is a number of input channels, at least 1; got {self.group_size!r}")
+        if (self.granularity == "rank") != (self.rank is not None):
+            raise ValueError(
+                f"rank goes with granularity='rank' and only with it; "
+                f"got granularity={self.granularity!r}, rank={self.rank!r}"
+            )
+        if self.rank is not None:
+            if type(self.rank) is not int or self.rank < 1:
+                raise ValueError(f"rank is a whole number, at least 1; got {self.rank!r}")
+            if not schemes.parse(self.weight).is_float:
+                low_rank.check_scheme(schemes.parse(self.weight))
         if self.clamp is not None and not (
             isinstance(self.clamp, int | float)
             and not isinstance(self.clamp, bool)
@@ -80,6 +94,17 @@ class QuantConfig:
     def name(self) -> str:
         """Bits of weight and activation, as in W1A2; ternary is WT or AT, float is 32."""
         return f"W{_bits(self.weight)}A{_bits(self.activation)}"
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why a layer so quantized cannot be packed, and what to do instead; None where it can."""
+        if self.granularity not in ("input", "rank"):
+            return None
+        return (
+            f"with granularity {self.granularity!r} a weight's scale varies along the sum of a dot product, "
+            "which bitwise kernels count and cannot weigh; train with 'channel', 'tensor', or 'group', whose "
+            "scales vary by runs of input channels"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the inverse of :meth:`from_dict`."""

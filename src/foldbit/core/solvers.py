@@ -19,15 +19,17 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from foldbit.core import axes, schemes
+from foldbit.core import axes, fused, histograms, schemes
 from foldbit.core.schemes import Scheme
-from foldbit.kernels import native
 
-Method = Literal["auto", "native", "sort"]
+Method = Literal["auto", "native", "sort", "histogram"]
+
+# Where the native core cannot run, rows of at least so many elements are searched by histograms. Measured on
+# CPU (benchmarks/solvers.py --traced): below 3,000 or so a histogram costs more than the row, from here on it
+# takes a third to an eighth of the time of sorting. Both are exact.
+_LONG = 8192
 
 
-@overload
-def solve(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1, *, method: Method = "auto") -> Tensor: ...
 @overload
 def solve(
     x: Tensor,
@@ -35,6 +37,16 @@ def solve(
     dim: axes.Dims = -1,
     *,
     method: Method = "auto",
+    clamp: float | None = None,
+) -> Tensor: ...
+@overload
+def solve(
+    x: Tensor,
+    scheme: str | Scheme,
+    dim: axes.Dims = -1,
+    *,
+    method: Method = "auto",
+    clamp: float | None = None,
     certificate: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -46,6 +58,7 @@ def solve(
     dim: axes.Dims = -1,
     *,
     method: Method = "auto",
+    clamp: float | None = None,
     certificate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Solve for the scales of x.
@@ -58,26 +71,29 @@ def solve(
         x: float16, bfloat16, float32 or float64, of any shape ``[..., n]``.
         scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-k``.
         dim: the dim or dims whose elements share scales; None for all.
-        method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` in torch, or ``auto``,
-            which takes the native core where it can read the tensor.
+        method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` or by ``histogram`` in
+            torch, or ``auto``, which takes the native core where it can read the tensor and elsewhere
+            histograms for long rows.
+        clamp: solve for x clipped to [−clamp, clamp]; the native core makes no clipped copy of it.
         certificate: also return how far from optimal the scales can be.
 
     Returns:
         Scales ``[..., k]`` in x's dtype: x's shape without ``dim``, then one non-negative scale a plane,
         the largest first (greedy ones can grow, on sparse data). Constants to autograd. A row that holds
-        NaN or infinity gets NaN scales; others do not.
+        NaN, or infinity within the clamp, gets NaN scales; others do not.
 
         With ``certificate``, also the excess, float64 ``[...]``: an upper bound, up to float64 rounding, on
         (squared error − least squared error) / ‖x‖² before the scales are rounded to x's dtype.
 
     Raises:
         TypeError: for integer, boolean or complex input.
-        ValueError: for an unknown scheme, ``fp``, or rows without elements; for a method that cannot serve
-            the scheme or the tensor, and for the certificate of a scheme that promises none.
+        ValueError: for an unknown scheme, ``fp``, rows without elements, or a clamp that is not positive; for
+            a method that cannot serve the scheme or the tensor, and for the certificate of a scheme that promises none.
 
-    Cost: ``ls-2`` and ``ls-T`` on the CPU run in the native core, in linear time and memory below 1 MB a
-    thread. On other devices and under tracing (torch.compile, torch.export) they sort: O(n log n), about
-    seven times the input's memory. ``gf-k`` takes k passes.
+    Cost: on the CPU, torch.compile included, all run in the native core, in linear time and memory below
+    1 MB a thread; ``ls-1`` takes one pass and ``gf-k`` takes k. On other devices and under torch.export, for
+    ``ls-2`` and ``ls-T`` rows of 8192 elements or more go through histograms: linear time, ten times the
+    memory of a float32 input; shorter rows are sorted: O(n log n), about seven times the input's memory.
 
     Example:
         >>> import torch, foldbit as fb
@@ -90,7 +106,9 @@ def solve(
         raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick ls-1, ls-2, ls-T or gf-k")
     dims = axes.normalize(x.ndim, dim)
     rows = axes.as_rows(x.detach(), dims)
-    scales, excess = _solve_rows(rows, scheme, method)
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"clamp is a positive number or None; got {clamp!r}")
+    scales, excess = _solve_rows(rows, scheme, method, clamp)
     kept = axes.kept_shape(x.shape, dims)
     scales = scales.to(x.dtype).reshape(*kept, scheme.planes)
     if not certificate:
@@ -100,37 +118,39 @@ def solve(
     return scales, excess.reshape(kept)
 
 
-def _solve_rows(rows: Tensor, scheme: Scheme, method: str) -> tuple[Tensor, Tensor | None]:
+def _solve_rows(
+    rows: Tensor, scheme: Scheme, method: str, clamp: float | None
+) -> tuple[Tensor, Tensor | None]:
     """Scales float64 ``[rows, k]`` and the certificate ``[rows]``, where the scheme has one."""
     if method not in get_args(Method):
         raise ValueError(f"method is one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
-    if scheme.name in ("ls-2", "ls-T"):
-        if method == "auto":
-            method = "native" if _runs_native(rows) else "sort"
-        return _SEARCHES[method](rows, scheme)
-    if method != "auto":
+    searched = scheme.name in ("ls-2", "ls-T")
+    if method != "auto" and not searched:
         raise ValueError(f"method {method!r} searches for ls-2 and ls-T; {scheme} has method 'auto' only")
+    if method == "native" or (method == "auto" and _runs_native(rows)):
+        scales, excess = fused.solve_rows(rows, scheme.name, clamp)
+        return scales, excess if searched or scheme.planes == 1 else None
+    if clamp is not None:
+        rows = rows.clamp(-clamp, clamp)
+    if searched:
+        if method == "auto":
+            method = "histogram" if _is_long(rows) else "sort"
+        return _SEARCHES[method](rows, scheme)
     scales = _greedy(rows, scheme.planes)
     return scales, _none_missed(scales) if scheme.planes == 1 else None
 
 
 def _runs_native(rows: Tensor) -> bool:
-    # The native core reads memory, which a tensor under tracing or of a subclass may not have.
-    return (
-        rows.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(rows) in (Tensor, torch.nn.Parameter)
-        and native.has_solvers()
-    )
+    return fused.runs(rows)
 
 
-def _in_native_core(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    scales, excess = native.solve_rows(rows.numpy(), scheme.name, threads=torch.get_num_threads())
-    return torch.from_numpy(scales), torch.from_numpy(excess)
+def _is_long(rows: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return rows.shape[1] >= _LONG
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a third of a second
+
+    # A length that is a symbol must not decide, for the graph would then serve some lengths only.
+    return statically_known_true(rows.shape[1] >= _LONG)
 
 
 def _by_sorting(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -197,6 +217,6 @@ def _greedy(rows: Tensor, planes: int) -> Tensor:
 
 
 _SEARCHES: dict[str, Callable[[Tensor, Scheme], tuple[Tensor, Tensor]]] = {
-    "native": _in_native_core,
     "sort": _by_sorting,
+    "histogram": histograms.solve_rows,
 }

@@ -14,9 +14,11 @@ name::
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,12 @@ Pair = tuple[int, int]
 
 REFERENCE = "reference"
 VARIABLE = "FOLDBIT_ISA"
+
+#: Gradient estimators whose windows :func:`window_rows` knows.
+ESTIMATORS = ("identity", "clipped", "scaled", "polynomial")
+
+# Greedy schemes and their planes; the exact scale of one plane is the greedy one.
+_GREEDY = {"ls-1": 1, **{f"gf-{k}": k for k in range(1, 9)}}
 
 
 class NativeCoreMissing(RuntimeWarning):
@@ -151,22 +159,61 @@ def has_solvers() -> bool:
 
 
 def solve_rows(
-    x: NDArray[np.float32] | NDArray[np.float64], scheme: str, *, threads: int = 1
+    x: NDArray[np.float32] | NDArray[np.float64],
+    scheme: str,
+    *,
+    clamp: float | None = None,
+    threads: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scales of least squared error, row by row, in linear time.
+    """Scales of least squared error, row by row, in linear time; of ``gf-k``, the greedy ones.
 
     Args:
         x: float32 or float64 ``[rows, n]``, dense along n.
-        scheme: ``ls-2`` or ``ls-T``.
-        threads: how many threads share the rows.
+        scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-1`` … ``gf-8``.
+        clamp: x is clipped to [−clamp, clamp] as it is read; None for no clip.
+        threads: how many threads share the rows. The numbers do not depend on it.
 
     Returns:
-        Scales float64 ``[rows, 2]``, and float64 ``[rows]`` the certificate: an upper bound on how far the
-        squared error lies above the optimum, in units of ‖x‖².
+        Scales float64 ``[rows, k]``, and float64 ``[rows]`` the certificate: an upper bound on how far the
+        squared error lies above the optimum, in units of ‖x‖². Nothing bounds ``gf-k`` of two planes or
+        more: infinity. A row that holds NaN, or infinity within the clamp, has NaN for both.
     """
     if _native is None:
         raise KernelUnavailable(_why_missing())
-    return _native.solve_rows(x, scheme, threads)
+    limit = math.inf if clamp is None else clamp
+    planes = _GREEDY.get(scheme)
+    if planes is None:
+        return _native.solve_rows(x, scheme, threads, clamp=limit)
+    scales = _native.greedy_rows(x, planes, threads, limit)
+    return scales, scales[:, 0] * 0 + (0 if planes == 1 else np.inf)
+
+
+def approximate_rows(
+    x: NDArray[Any],
+    scales: NDArray[Any],
+    clamp: float | None = None,
+    *,
+    out: NDArray[Any],
+    threads: int = 1,
+) -> None:
+    """:func:`foldbit.kernels.reference.approximate_rows` on the current backend."""
+    limit = math.inf if clamp is None else clamp
+    _backend().approximate_rows(x, scales, out, limit, threads)
+
+
+def window_rows(
+    grad: NDArray[Any],
+    x: NDArray[Any],
+    scales: NDArray[Any],
+    estimator: str,
+    clamp: float | None = None,
+    *,
+    out: NDArray[Any],
+    threads: int = 1,
+) -> None:
+    """:func:`foldbit.kernels.reference.window_rows` on the current backend."""
+    limit = math.inf if clamp is None else clamp
+    _backend().window_rows(grad, x, scales, estimator, out, limit, threads)
 
 
 def _backend() -> ModuleType:

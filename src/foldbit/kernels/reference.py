@@ -7,6 +7,9 @@ of signs that a bitwise kernel computes as ``K - 2 * popcount(a xor b)`` is a do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -173,6 +176,73 @@ def conv(
     if residual is not None:
         out += residual
     return out
+
+
+def approximate_rows(
+    x: NDArray[Any], scales: NDArray[Any], out: NDArray[Any], clamp: float = np.inf, threads: int = 1
+) -> None:
+    """Write x̂ = Σ v_i·s_i for x clipped to [−clamp, clamp]: fold and unfold at once.
+
+    Every step is made in the dtype of the arrays, in the order of :func:`pack_activation`.
+
+    Args:
+        x: float32 or float64 ``[rows, n]``, dense along n.
+        scales: of x's dtype ``[rows, k]``, k = 1…8, C-contiguous.
+        out: where x̂ goes: of x's dtype and shape, dense along n.
+        clamp: positive; infinite for no clip.
+        threads: has no effect here.
+    """
+    total: Any = None
+    for _, signed in _walk(x, scales, clamp):
+        total = signed if total is None else total + signed
+    out[...] = total
+
+
+def window_rows(
+    grad: NDArray[Any],
+    x: NDArray[Any],
+    scales: NDArray[Any],
+    estimator: str,
+    out: NDArray[Any],
+    clamp: float = np.inf,
+    threads: int = 1,
+) -> None:
+    """Write how much of the gradient passes x: grad times the estimator's window, 0 where the clip cuts x.
+
+    The windows are those of :mod:`foldbit.nn.estimators`. Arguments as in :func:`approximate_rows`; ``grad``
+    has x's dtype and shape and is dense along n.
+    """
+    one = x.dtype.type(1)
+    clipped = np.clip(x, -x.dtype.type(clamp), x.dtype.type(clamp))
+    window: Any
+    if estimator == "identity":
+        window = one
+    elif estimator == "clipped":
+        window = np.where(np.abs(clipped) <= 1, one, 0 * one)
+    elif estimator == "scaled":
+        limit = 3 * scales[:, :1] if clamp == np.inf else x.dtype.type(clamp)
+        window = np.where(np.abs(clipped) <= limit, one, 0 * one)
+    elif estimator == "polynomial":
+        window = np.zeros_like(x)
+        for v, (residual, _) in zip(scales.T[..., None], _walk(x, scales, clamp), strict=True):
+            reach = np.where(v > 0, 2 * v, one)
+            with np.errstate(invalid="ignore", over="ignore"):
+                triangle = one - np.abs(residual) / reach
+            window = window + np.where(v > 0, np.where(triangle < 0, 0 * one, triangle), 0 * one)
+    else:
+        raise ValueError(f"estimator must be identity, clipped, scaled or polynomial, got {estimator!r}")
+    with np.errstate(invalid="ignore", over="ignore"):
+        out[...] = np.where(np.abs(x) <= x.dtype.type(clamp), grad * window, 0 * one)
+
+
+def _walk(x: NDArray[Any], scales: NDArray[Any], clamp: float) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Peel clipped rows plane by plane: what the earlier planes left, and the plane's scaled signs."""
+    residual = np.clip(x, -x.dtype.type(clamp), x.dtype.type(clamp))
+    for v in scales.T[..., None]:
+        signed = np.where(residual < 0, -v, v)
+        yield residual, signed
+        with np.errstate(invalid="ignore", over="ignore"):
+            residual = residual - signed
 
 
 def _signs(words: NDArray[np.uint32], channels: int) -> NDArray[np.int32]:

@@ -21,13 +21,13 @@ v·(2 − 2|x|) on [−1, 1], as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foldbit.core import folding
+from foldbit.core import axes, folding, fused
 
 # (x, scales [k, ...] that broadcast against x, clamp) -> window, broadcastable against x
 Estimator = Callable[[Tensor, Tensor, float | None], Tensor]
@@ -77,6 +77,29 @@ def get(name: str) -> Estimator:
     if name not in ESTIMATORS:
         raise ValueError(f"unknown gradient estimator {name!r}; known are {', '.join(ESTIMATORS)}")
     return ESTIMATORS[name]
+
+
+def approximate(
+    x: Tensor, scales: Tensor, dim: Sequence[int], estimator: str, clamp: float | None = None
+) -> Tensor:
+    """Clip x to ±clamp, then x̂ = Σ v_i·s_i; backward, the estimator's window where the clip did not cut.
+
+    On the CPU two fused passes (:mod:`foldbit.core.fused`), elsewhere and under torch.export
+    :func:`straight_through`.
+
+    Args:
+        x: any shape and float dtype.
+        scales: ``[..., k]``, as :func:`foldbit.solve` returns them; constants to autograd.
+        dim: the non-negative dims whose elements share scales.
+        estimator: a name.
+        clamp: the clip; None for none.
+    """
+    window = get(estimator)
+    if estimator in fused.ESTIMATORS and fused.runs(x):
+        return fused.approximate(x, scales, dim, estimator, clamp)
+    if clamp is not None:
+        x = x.clamp(-clamp, clamp)
+    return straight_through(x, axes.spread(scales, x.shape, tuple(dim)), window, clamp)
 
 
 def straight_through(x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None = None) -> Tensor:

@@ -123,7 +123,9 @@ def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
 
 def _add_quantizers(layer: QuantLayer, config: QuantConfig) -> None:
     layer.config = config
-    layer.weight_quantizer = WeightQuantizer(config, layer.weight.shape[1])
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    layer.weight_quantizer = WeightQuantizer(config, layer.weight.shape[1], groups)
+    layer.weight_quantizer.check_fits(layer.weight)
     layer.input_quantizer = ActivationQuantizer(config, device=layer.weight.device)
 
 

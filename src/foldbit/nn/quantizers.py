@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foldbit.core import axes, folding, schemes, solvers
+from foldbit.core import axes, folding, low_rank, schemes, solvers
 from foldbit.core.config import QuantConfig
 from foldbit.nn import estimators
 
@@ -18,14 +19,16 @@ class WeightQuantizer:
     Args:
         config: its weight fields say how.
         channels: input channels that an output channel sees.
+        groups: of the convolution: each has input channels of its own.
 
     Raises:
         ValueError: where the group size does not divide the channels, or the estimator is unknown.
     """
 
-    def __init__(self, config: QuantConfig, channels: int) -> None:
+    def __init__(self, config: QuantConfig, channels: int, groups: int = 1) -> None:
+        self.config = config
+        self.groups = groups
         self.scheme = schemes.parse(config.weight)
-        self.granularity = config.granularity
         self.estimator = estimators.get(config.weight_estimator)
         self.segments = 1
         if config.group_size is not None:
@@ -36,26 +39,52 @@ class WeightQuantizer:
                 )
             self.segments = channels // config.group_size
 
+    def check_fits(self, weight: Tensor) -> None:
+        """Refuse a weight whose matrix cannot have scales of the config's rank.
+
+        Raises:
+            ValueError: for it.
+        """
+        if self.config.rank is not None and not self.scheme.is_float:
+            low_rank.check_fits(self.config.rank, len(weight), math.prod(weight.shape[1:]))
+
     def __call__(self, weight: Tensor) -> Tensor:
         """The weight's approximation, differentiable through the estimator."""
         if self.scheme.is_float:
             return weight
+        if self.config.rank is not None:
+            matrix = weight.flatten(1)
+            scales = low_rank.foldable_scales(matrix, self.scheme, self.config.rank)
+            return estimators.straight_through(matrix, scales, self.estimator).reshape(weight.shape)
         segmented, dims = self._segmented(weight)
-        spread = axes.spread(solvers.solve(segmented, self.scheme, dims), segmented.shape, dims)
-        return estimators.straight_through(segmented, spread, self.estimator).reshape(weight.shape)
+        scales = solvers.solve(segmented, self.scheme, dims)
+        estimator = self.config.weight_estimator
+        return estimators.approximate(segmented, scales, dims, estimator).reshape(weight.shape)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What packing keeps: planes ``[k, out, in, *kernel]``, scales ``[k, out, segments]``."""
+        """What packing keeps: planes ``[k, out, in, *kernel]``, scales ``[k, out, segments]``.
+
+        Raises:
+            ValueError: where the granularity cannot be packed.
+        """
+        if self.config.why_not_packed is not None:
+            raise ValueError(self.config.why_not_packed)
         segmented, dims = self._segmented(weight)
         quantized = folding.quantize(segmented, self.scheme, dims)
         scales = quantized.scales.movedim(-1, 0).reshape(self.scheme.planes, -1, self.segments)
         return quantized.planes.reshape(-1, *weight.shape), scales.expand(-1, len(weight), -1)
 
     def _segmented(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The weight as ``[out, segments, in/segments, *kernel]``, and the dims that share scales."""
+        """The weight as ``[out, segments, in/segments, *kernel]``, and the dims that share scales.
+
+        One scale an input channel: ``[groups, out/groups, in, *kernel]``.
+        """
+        if self.config.granularity == "input":
+            grouped = weight.unflatten(0, (self.groups, -1))
+            return grouped, (1, *range(3, grouped.ndim))
         segmented = weight.unflatten(1, (self.segments, -1))
-        first = 0 if self.granularity == "tensor" else 2
+        first = 0 if self.config.granularity == "tensor" else 2
         return segmented, tuple(range(first, segmented.ndim))
 
 
@@ -83,7 +112,8 @@ class ActivationQuantizer(nn.Module):
         self.per_sample = config.activation_granularity == "sample" and config.activation_scales == "dynamic"
         self.static = config.activation_scales == "static" and not self.scheme.is_float
         self.momentum = momentum
-        self.estimator = estimators.get(config.activation_estimator)
+        estimators.get(config.activation_estimator)  # refuses unknown ones now
+        self.estimator = config.activation_estimator
         self.seen = False
         if self.static:
             self.register_buffer("running_scales", torch.zeros(self.scheme.planes, device=device))
@@ -92,10 +122,8 @@ class ActivationQuantizer(nn.Module):
         """The input's approximation ``[N, ...]``, differentiable through clamp and estimator."""
         if self.scheme.is_float or x.numel() == 0:
             return x
-        if self.clamp is not None:
-            x = x.clamp(-self.clamp, self.clamp)
-        spread = self._spread(x)
-        return estimators.straight_through(x, spread, self.estimator, self.clamp)
+        scales, dims = self._scales(x)
+        return estimators.approximate(x, scales, dims, self.estimator, self.clamp)
 
     def extra_repr(self) -> str:
         """The scheme and where its scales come from."""
@@ -104,14 +132,15 @@ class ActivationQuantizer(nn.Module):
         source = "static" if self.static else f"dynamic per {'sample' if self.per_sample else 'tensor'}"
         return f"{self.scheme}, {source}, clamp={self.clamp}"
 
-    def _spread(self, x: Tensor) -> Tensor:
+    def _scales(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Scales for x, and the dims that share them."""
         if self.static and self.seen and not self.training:
-            return axes.spread(self.running_scales.to(x.dtype), x.shape, axes.normalize(x.ndim, None))
+            return self.running_scales.to(x.dtype), axes.normalize(x.ndim, None)
         dims = axes.normalize(x.ndim, range(1, x.ndim) if self.per_sample else None)
-        scales = solvers.solve(x, self.scheme, dims)
+        scales = solvers.solve(x, self.scheme, dims, clamp=self.clamp)
         if self.static and self.training:
             self._remember(scales)
-        return axes.spread(scales, x.shape, dims)
+        return scales, dims
 
     @torch.no_grad()
     def _remember(self, scales: Tensor) -> None:

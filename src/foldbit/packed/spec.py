@@ -141,13 +141,22 @@ class LayerSpec:
         k, out = self.weight_planes, self.out_channels
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "planes": (torch.uint8, (k, out, *self.kernel_size, layout.bytes_for(self.channels))),
-            "scales": (torch.float32, (k, out) if self.segments == 1 else (k, out, self.segments)),
+            "scales": (torch.float32, self._scales_shape()),
         }
         if self.bias:
             stored["bias"] = (torch.float32, (out,))
         if self.is_static:
             stored["activation_scales"] = (torch.float32, (self.activation_planes,))
         return stored
+
+    def _scales_shape(self) -> tuple[int, ...]:
+        k, out = self.weight_planes, self.out_channels
+        # Two that no file holds (QuantConfig.why_not_packed), for the bytes that they would take.
+        if self.config.granularity == "input":
+            return (k, self.in_channels)
+        if self.config.rank is not None:
+            return (k, self.config.rank, out + self.channels * self.kernel_size[0] * self.kernel_size[1])
+        return (k, out) if self.segments == 1 else (k, out, self.segments)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the inverse of :meth:`from_dict`."""
@@ -187,6 +196,8 @@ class LayerSpec:
         spec = cls(**checked)
         if spec.weight_planes == 0:
             raise ValueError("a packed layer has a quantized weight; got scheme 'fp'")
+        if spec.config.why_not_packed is not None:
+            raise ValueError(spec.config.why_not_packed)
         if spec.config.group_size and spec.channels % spec.config.group_size:
             raise ValueError(f"group_size {spec.config.group_size} does not divide {spec.channels} channels")
         return spec
