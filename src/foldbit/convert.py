@@ -270,8 +270,8 @@ def _finish(model: Model, fuse: bool) -> Model:
     report.fusion = fusion.fuse_(model) if fuse else None
     setattr(model, _REPORT, report)
     for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.to(memory_format=torch.channels_last)  # the order that packed layers write
+        if type(module) is nn.Conv2d:  # the order that packed layers write
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
