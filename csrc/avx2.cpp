@@ -82,11 +82,22 @@ struct Avx2 {
     _mm256_storeu_ps(p + 8, f.half[1]);
   }
 
+  static Floats leaky(Floats x, const Floats& slope) {
+    for (int i = 0; i < 2; ++i)
+      x.half[i] =
+          _mm256_blendv_ps(x.half[i], _mm256_mul_ps(x.half[i], slope.half[i]), below_zero(x.half[i]));
+    return x;
+  }
+
   // All bits set in the lanes that are negative.
   static __m256 below_zero(__m256 r) { return _mm256_cmp_ps(r, _mm256_setzero_ps(), _CMP_LT_OQ); }
   static uint32_t negative(const Floats& r) {
     return static_cast<uint32_t>(_mm256_movemask_ps(below_zero(r.half[0])) |
                                  _mm256_movemask_ps(below_zero(r.half[1])) << 8);
+  }
+  static uint32_t below(const Floats& x, const Floats& t) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.half[0], t.half[0], _CMP_LT_OQ)) |
+                                 _mm256_movemask_ps(_mm256_cmp_ps(x.half[1], t.half[1], _CMP_LT_OQ)) << 8);
   }
   static Floats residual(Floats r, const Floats& v) {
     const __m256 sign_bit = _mm256_set1_ps(-0.0f);
@@ -101,6 +112,15 @@ struct Avx2 {
     for (int i = 0; i < 2; ++i) {
       const __m256i where = _mm256_castps_si256(below_zero(r.half[i]));
       w.half[i] = _mm256_or_si256(w.half[i], _mm256_and_si256(where, bits));
+    }
+    return w;
+  }
+  static Words mark_lanes(Words w, uint32_t lanes, uint32_t bit) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(bit));
+    for (int i = 0; i < 2; ++i) {
+      const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i some = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes >> 8 * i)), own);
+      w.half[i] = _mm256_or_si256(w.half[i], _mm256_and_si256(_mm256_cmpeq_epi32(some, own), bits));
     }
     return w;
   }

@@ -41,14 +41,19 @@ struct Avx512 {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static void store(float* p, Floats f) { _mm512_storeu_ps(p, f); }
+  static Floats leaky(Floats x, Floats slope) { return _mm512_mask_mul_ps(x, below_zero(x), x, slope); }
 
   static __mmask16 below_zero(Floats r) { return _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_LT_OQ); }
   static uint32_t negative(Floats r) { return below_zero(r); }
+  static uint32_t below(Floats x, Floats t) { return _mm512_cmp_ps_mask(x, t, _CMP_LT_OQ); }
   static Floats residual(Floats r, Floats v) {
     return _mm512_mask_add_ps(_mm512_sub_ps(r, v), below_zero(r), r, v);
   }
   static Words mark(Words w, Floats r, uint32_t bit) {
     return _mm512_mask_or_epi32(w, below_zero(r), w, broadcast(bit));
+  }
+  static Words mark_lanes(Words w, uint32_t lanes, uint32_t bit) {
+    return _mm512_mask_or_epi32(w, static_cast<__mmask16>(lanes), w, broadcast(bit));
   }
 };
 

@@ -17,13 +17,21 @@ namespace foldbit {
 constexpr int kWordBits = 32;
 constexpr int kLanes = 16;     // output channels side by side in a block
 constexpr int kMaxPlanes = 8;  // of activations or of weights
+constexpr int kMaxThresholdPlanes = 4;  // that are folded by thresholds
 
-// Fold float values into planes: bit = r < 0, then r -= bit ? -scale : scale, for one scale after another.
+// Fold float values into planes, in one of two ways.
+//   By scales: bit = r < 0, then r -= bit ? -scale : scale, for one scale after another.
+//   By thresholds: down a binary tree of comparisons. The root is node 0, the child of node i is 2i + 1 where
+//   x < thresholds[i] and 2i + 2 elsewhere; the bit is whether x < thresholds[i], inverted in the channels that
+//   `flips` marks. Whatever happens to a value before it is folded, per channel and monotonically (batch norm,
+//   clamp), is in the thresholds.
 struct Pack {
   const float* x;
   int64_t images, channels, height, width;
   int64_t stride_image, stride_channel, stride_y, stride_x;  // in floats, any value
   const float* scales;                                       // [images, planes]
+  const float* thresholds;                                   // [2^planes - 1, runs, words * 32], or null
+  const uint32_t* flips;                                     // [runs, words]
   int planes;
   int64_t runs, words;  // a run is channels / runs channels, in words of its own
   uint32_t* out;        // [planes, images, height, width, runs, words]
@@ -32,7 +40,9 @@ struct Pack {
 // A convolution over packed planes. It writes the integers if asked for them, otherwise floats:
 //   out[n, y, x, o] = bias[o] + sum over s, i, j of
 //                     weight_scales[i, o, s] * (activation_scales[n, j] * integer[i, j, s, n, y, x, o])
-// with the additions made in that order: one result on every instruction set and any number of threads.
+// with the additions made in that order: one result on every instruction set and any number of threads. Then,
+// where there are slopes or a residual,
+//   out = (out < 0 ? slope[o] * out : out) + residual
 struct Conv {
   int64_t images, height, width;
   int64_t out_height, out_width, out_channels;
@@ -50,6 +60,8 @@ struct Conv {
   float* out;                      // [images, out_h, out_w, out_channels]
   const float* weight_scales;      // [weight_planes, groups, blocks, segments, kLanes]
   const float* bias;               // [groups, blocks, kLanes]
+  const float* slopes;             // [groups, blocks, kLanes], or null
+  const float* residual;           // like out, or null
   const float* activation_scales;  // [images, activation_planes]
   int64_t scale_step;              // floats from one pixel's activation scales to the next one's: 0, unless
                                    // images were laid side by side as the pixels of one row
@@ -84,8 +96,8 @@ void conv_integers(const Conv& conv, int threads);
 
 // Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
 // and `conv` the fields that point to scratch or to repacked scales are filled in here.
-//   weight_scales [weight_planes, out_channels, segments];  bias [out_channels] or null
+//   weight_scales [weight_planes, out_channels, segments];  bias, slopes [out_channels] or null
 void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
-                int threads);
+                const float* slopes, int threads);
 
 }  // namespace foldbit

@@ -7,9 +7,11 @@
 //   Ints     kLanes int32           no_ints(); widen(sum, c): sum plus the counts, of at most kRoom calls
 //                                   matches(k, c): k - 2 * c; store; to_float
 //   Floats   kLanes float           load, store, broadcast, add, mul
-//   packing                         negative(r): bit i set where r_i < 0
+//                                   leaky(x, slope): x < 0 ? slope * x : x
+//   packing                         negative(r): bit i set where r_i < 0; below(x, t): where x_i < t_i
 //                                   residual(r, v): r - (r < 0 ? -v : v)
 //                                   mark(w, r, bit): w | (r < 0 ? bit : 0)
+//                                   mark_lanes(w, lanes, bit): w | bit in the lanes whose bit is set
 //   kBlocks, kAccumulators          blocks a tile takes (1 or 2); Counts that stay in registers
 //
 // Everything in these headers is in an unnamed namespace on purpose, and calls no inline function from

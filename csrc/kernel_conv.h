@@ -125,6 +125,8 @@ void write_integers(const Conv& conv, const Place& at, const Differences<V, P, A
 template <class V, int P, int A, int B>
 void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
   const bool first = at.segment == 0 && at.weight_plane == 0 && at.activation_plane == 0;
+  const bool last = at.segment + 1 == conv.segments && at.weight_plane + 1 == conv.weight_planes &&
+                    at.activation_plane + A == conv.activation_planes;
   for (int b = 0; b < B; ++b) {
     const int64_t block = at.first_block + b;
     const int64_t scales_of = at.weight_plane * conv.groups * conv.blocks + block;
@@ -132,6 +134,8 @@ void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>
     const auto bias = V::load(conv.bias + block * kLanes);
     const float* scales = at.scales;
     float* out = conv.out + at.pixel * conv.out_channels + at.channel + b * kLanes;
+    const float* residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
+    const float* slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
     const int64_t next_pixel = conv.out_channels, next_scales = conv.scale_step;
     const int lanes = at.lanes[b];
     FOLDBIT_UNROLL
@@ -142,6 +146,8 @@ void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>
         const auto integer = V::to_float(V::matches(at.positions, differ.at(p, a, b)));
         sum = V::add(sum, V::mul(weight_scale, V::mul(V::broadcast(scales[a]), integer)));
       }
+      if (slopes) sum = V::leaky(sum, V::load(slopes));
+      if (residual) sum = V::add(sum, load_some<V>(residual + p * next_pixel, lanes));
       store_some<V>(out, sum, lanes);
     }
   }

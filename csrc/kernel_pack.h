@@ -1,4 +1,5 @@
-// Packing of floats into sign planes, for the two memory orders that matter and, by gathering, all others.
+// Packing of floats into sign planes, for the two memory orders that matter and, by gathering, all others; and
+// for both of them by scales or by thresholds.
 #pragma once
 
 #include "kernel.h"
@@ -6,7 +7,47 @@
 namespace foldbit {
 namespace {
 
+// Walk down the tree of thresholds, level by level, for up to 32 values at once: compare(node) has a bit set
+// where a value is below the node's threshold, and visit(level, bits) gets each plane's bits, not yet flipped.
+template <class Compare, class Visit>
+void walk_thresholds(int planes, Compare compare, Visit visit) {
+  uint32_t reach[1 << kMaxThresholdPlanes];  // which values come by each node of the level
+  reach[0] = ~0u;
+  for (int level = 0, first = 0; level < planes; first += 1 << level++) {
+    uint32_t bits = 0;
+    for (int i = (1 << level) - 1; i >= 0; --i) {  // backwards: the next level's nodes take the same memory
+      const uint32_t here = reach[i], below = here & compare(first + i);
+      bits |= below;
+      reach[2 * i] = below;
+      reach[2 * i + 1] = here & ~below;
+    }
+    visit(level, bits);
+  }
+}
+
 // Channels side by side in memory (channels-last): lanes are channels.
+template <class V>
+void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int64_t plane) {
+  const int64_t channels = pack.channels / pack.runs;
+  const int64_t node = pack.runs * pack.words * kWordBits;
+  const float* thresholds = pack.thresholds;
+  const uint32_t* flips = pack.flips;
+  for (int64_t run = 0; run < pack.runs; ++run, x += channels)
+    for (int64_t first = 0; first < channels; first += kWordBits, ++out, ++flips, thresholds += kWordBits) {
+      const int lanes = static_cast<int>(smaller(channels - first, kWordBits));
+      const uint32_t used = lanes == kWordBits ? ~0u : (1u << lanes) - 1;
+      const auto low = load_some<V>(x + first, static_cast<int>(smaller(lanes, kLanes)));
+      const auto high = load_some<V>(x + first + kLanes, static_cast<int>(larger(lanes - kLanes, 0)));
+      walk_thresholds(
+          pack.planes,
+          [&](int i) {
+            const float* t = thresholds + i * node;
+            return V::below(low, V::load(t)) | V::below(high, V::load(t + kLanes)) << kLanes;
+          },
+          [&](int level, uint32_t bits) { out[level * plane] = (bits ^ *flips) & used; });
+    }
+}
+
 template <class V>
 void pack_channel_lanes(const Pack& pack, const float* x, const float* scales, uint32_t* out, int64_t plane) {
   const int64_t channels = pack.channels / pack.runs;
@@ -37,6 +78,7 @@ void pack_pixel_lanes(const Pack& pack, const float* x, const float* scales, uin
       typename V::Words words[kMaxPlanes];
       for (int i = 0; i < pack.planes; ++i) words[i] = V::no_words();
       for (int64_t c = first; c < last; ++c, x += pack.stride_channel) {
+        const uint32_t bit = 1u << (c - first);
         typename V::Floats r;
         if (pack.stride_x == 1) {
           r = load_some<V>(x, pixels);
@@ -45,8 +87,18 @@ void pack_pixel_lanes(const Pack& pack, const float* x, const float* scales, uin
           for (int p = 0; p < pixels; ++p) gathered[p] = x[p * pack.stride_x];
           r = V::load(gathered);
         }
+        if (pack.thresholds) {
+          const int64_t word = run * pack.words + first / kWordBits;
+          const float* thresholds = pack.thresholds + word * kWordBits + (c - first);
+          const uint32_t flip = pack.flips[word] & bit ? ~0u : 0;
+          walk_thresholds(
+              pack.planes,
+              [&](int i) { return V::below(r, V::broadcast(thresholds[i * pixel * kWordBits])); },
+              [&](int i, uint32_t bits) { words[i] = V::mark_lanes(words[i], bits ^ flip, bit); });
+          continue;
+        }
         for (int i = 0;; ++i) {
-          words[i] = V::mark(words[i], r, 1u << (c - first));
+          words[i] = V::mark(words[i], r, bit);
           if (i + 1 == pack.planes) break;
           r = V::residual(r, V::broadcast(scales[i]));
         }
@@ -67,8 +119,12 @@ void pack_row(const Pack& pack, int64_t image, int64_t y, int64_t begin, int64_t
   const int64_t plane = pack.images * pack.height * pack.width * pixel;
   uint32_t* out = pack.out + (image * pack.height + y) * pack.width * pixel;
   if (pack.stride_channel == 1) {
-    for (int64_t x = begin; x < end; ++x)
-      pack_channel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane);
+    for (int64_t x = begin; x < end; ++x) {
+      if (pack.thresholds)
+        compare_channel_lanes<V>(pack, row + x * pack.stride_x, out + x * pixel, plane);
+      else
+        pack_channel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane);
+    }
   } else {
     for (int64_t x = begin; x < end; x += kLanes)
       pack_pixel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane,

@@ -94,22 +94,24 @@ void pack_activation(const Pack& pack, int threads) { run_pack(pack, threads); }
 void conv_integers(const Conv& conv, int threads) { run_conv(conv, threads); }
 
 void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
-                int threads) {
+                const float* slopes, int threads) {
   thread_local Scratch<uint32_t> planes;
   thread_local Scratch<float> scales;
 
   const int64_t lanes = conv.groups * conv.blocks * kLanes;
   const int64_t scale_count = conv.weight_planes * conv.segments * lanes;
-  float* weight_scales_by_block = scales.at_least(scale_count + lanes);
+  float* weight_scales_by_block = scales.at_least(scale_count + 2 * lanes);
   float* bias_by_block = weight_scales_by_block + scale_count;
+  float* slopes_by_block = bias_by_block + lanes;
   scales_by_block(conv, weight_scales, weight_scales_by_block);
-  Conv one_value_a_channel = conv;  // which is what the bias is
+  Conv one_value_a_channel = conv;  // which is what bias and slopes are
   one_value_a_channel.weight_planes = 1;
   one_value_a_channel.segments = 1;
   if (bias)
     scales_by_block(one_value_a_channel, bias, bias_by_block);
   else
     std::fill_n(bias_by_block, lanes, 0.0f);
+  if (slopes) scales_by_block(one_value_a_channel, slopes, slopes_by_block);
 
   const int64_t image_words = pack.planes * pack.height * pack.width * pack.runs * pack.words;
   const int64_t at_once = std::max<int64_t>(1, kScratchWords / std::max<int64_t>(1, image_words));
@@ -127,8 +129,11 @@ void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, 
     c.activation_plane = p.images * image_words / pack.planes;
     c.weight_scales = weight_scales_by_block;
     c.bias = bias_by_block;
+    c.slopes = slopes ? slopes_by_block : nullptr;
     c.activation_scales = p.scales;
-    c.out += first * conv.out_height * conv.out_width * conv.out_channels;
+    const int64_t done = first * conv.out_height * conv.out_width * conv.out_channels;
+    c.out += done;
+    if (c.residual) c.residual += done;
     run_conv(c, threads);
   }
   planes.shrink_to(kScratchWords);

@@ -85,10 +85,19 @@ struct Portable {
     return a;
   }
   static void store(float* p, const Floats& f) { memcpy(p, f.lane, sizeof f.lane); }
+  static Floats leaky(Floats x, const Floats& slope) {
+    for (int i = 0; i < kLanes; ++i) x.lane[i] = x.lane[i] < 0 ? x.lane[i] * slope.lane[i] : x.lane[i];
+    return x;
+  }
 
   static uint32_t negative(const Floats& r) {
     uint32_t bits = 0;
     for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(r.lane[i] < 0) << i;
+    return bits;
+  }
+  static uint32_t below(const Floats& x, const Floats& t) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(x.lane[i] < t.lane[i]) << i;
     return bits;
   }
   static Floats residual(Floats r, const Floats& v) {
@@ -97,6 +106,10 @@ struct Portable {
   }
   static Words mark(Words w, const Floats& r, uint32_t bit) {
     for (int i = 0; i < kLanes; ++i) w.lane[i] |= r.lane[i] < 0 ? bit : 0;
+    return w;
+  }
+  static Words mark_lanes(Words w, uint32_t lanes, uint32_t bit) {
+    for (int i = 0; i < kLanes; ++i) w.lane[i] |= lanes >> i & 1 ? bit : 0;
     return w;
   }
 };

@@ -189,12 +189,26 @@ Conv make_conv(const Array& w, const Pair& stride, const Pair& padding, const Pa
   return conv;
 }
 
+// Thresholds and flips for the values of a pack, if given: both or none.
+void set_thresholds(Pack& pack, const OptionalArray& thresholds, const OptionalArray& flips) {
+  require(thresholds.has_value() == flips.has_value(), "thresholds and flips go together");
+  if (!thresholds) return;
+  require(pack.planes <= kMaxThresholdPlanes, "thresholds serve 1 to ", kMaxThresholdPlanes, " planes, got ",
+          pack.planes);
+  pack.thresholds =
+      dense<const float>("thresholds", *thresholds, "2^planes - 1, groups * segments, 32 * words",
+                         {(int64_t(1) << pack.planes) - 1, pack.runs, pack.words * kWordBits});
+  pack.flips =
+      dense<const uint32_t>("flips", *flips, "groups * segments, words", {pack.runs, pack.words});
+}
+
 nb::object pack_activation_py(const Array& x, const Array& scales, int64_t groups, int64_t segments,
-                              int threads) {
+                              int threads, const OptionalArray& thresholds, const OptionalArray& flips) {
   require(groups >= 1 && segments >= 1, "groups and segments must be at least 1, got ", groups, " and ",
           segments);
   require(threads >= 1, "threads must be at least 1, got ", threads);
   Pack pack = make_pack(x, scales, "scales", groups * segments);
+  set_thresholds(pack, thresholds, flips);
   NewArray<uint32_t> out({pack.planes, pack.images, pack.height, pack.width, pack.runs, pack.words});
   pack.out = out.memory.get();
   {
@@ -232,13 +246,15 @@ nb::object conv_integers_py(const Array& a, const Array& w, Pair stride, Pair pa
 
 nb::object conv_py(const Array& x, const Array& w, const Array& weight_scales, const Array& activation_scales,
                    const OptionalArray& bias, Pair stride, Pair padding, Pair dilation, Pair out_size,
-                   nb::object out, int threads) {
+                   const OptionalArray& thresholds, const OptionalArray& flips, const OptionalArray& slopes,
+                   const OptionalArray& residual, nb::object out, int threads) {
   require(threads >= 1, "threads must be at least 1, got ", threads);
   require_array<uint32_t>("w", w, kWeightAxes, {-1, -1, -1, -1, -1, -1, -1, kLanes});
   require_array<float>("weight_scales", weight_scales, "planes, out channels, segments",
                        {dim(w, 0), -1, dim(w, 3)});
   const int64_t out_channels = dim(weight_scales, 1);
-  const Pack pack = make_pack(x, activation_scales, "activation_scales", dim(w, 1) * dim(w, 3));
+  Pack pack = make_pack(x, activation_scales, "activation_scales", dim(w, 1) * dim(w, 3));
+  set_thresholds(pack, thresholds, flips);
   Conv conv = make_conv(w, stride, padding, dilation, out_size, pack.channels / pack.runs, out_channels);
   const float* scale_data =
       dense<const float>("weight_scales", weight_scales, "planes, out channels, segments",
@@ -249,7 +265,11 @@ nb::object conv_py(const Array& x, const Array& w, const Array& weight_scales, c
   conv.height = pack.height;
   conv.width = pack.width;
 
+  const float* slope_data =
+      slopes ? dense<const float>("slopes", *slopes, "out channels", {out_channels}) : nullptr;
   const Shape out_shape = {conv.images, conv.out_height, conv.out_width, conv.out_channels};
+  if (residual)
+    conv.residual = dense<const float>("residual", *residual, "N, OH, OW, out channels", out_shape);
   std::optional<NewArray<float>> fresh;
   nb::ndarray<> given;
   if (out.is_none()) {
@@ -260,7 +280,7 @@ nb::object conv_py(const Array& x, const Array& w, const Array& weight_scales, c
   }
   {
     nb::gil_scoped_release release;
-    conv_fused(pack, conv, scale_data, bias_data, threads);
+    conv_fused(pack, conv, scale_data, bias_data, slope_data, threads);
   }
   return fresh ? fresh->release() : out;
 }
@@ -283,13 +303,16 @@ void force_isa(const std::string& name) {
 NB_MODULE(_native, m) {
   m.doc() = "The compiled core of foldbit; foldbit.kernels.native is its public face.";
   m.def("pack_activation", &pack_activation_py, "x"_a.noconvert(), "scales"_a.noconvert(), "groups"_a = 1,
-        "segments"_a = 1, "threads"_a = 1);
+        "segments"_a = 1, "threads"_a = 1, "thresholds"_a.noconvert().none() = nb::none(),
+        "flips"_a.noconvert().none() = nb::none());
   m.def("conv_integers", &conv_integers_py, "a"_a.noconvert(), "w"_a.noconvert(), nb::kw_only(),
         "stride"_a = Pair(1, 1), "padding"_a = Pair(0, 0), "dilation"_a = Pair(1, 1), "out_size"_a,
         "in_channels_per_segment"_a, "out_channels"_a, "threads"_a = 1);
   m.def("conv", &conv_py, "x"_a.noconvert(), "w"_a.noconvert(), "weight_scales"_a.noconvert(),
         "activation_scales"_a.noconvert(), "bias"_a.noconvert().none() = nb::none(), nb::kw_only(),
         "stride"_a = Pair(1, 1), "padding"_a = Pair(0, 0), "dilation"_a = Pair(1, 1), "out_size"_a,
+        "thresholds"_a.noconvert().none() = nb::none(), "flips"_a.noconvert().none() = nb::none(),
+        "slopes"_a.noconvert().none() = nb::none(), "residual"_a.noconvert().none() = nb::none(),
         "out"_a.none() = nb::none(), "threads"_a = 1);
   m.def("isas", &isas, "Names of the instruction sets this machine can run, the best last.");
   m.def("current_isa", [] { return std::string(current_kernels().name); });

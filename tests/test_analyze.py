@@ -10,8 +10,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from foldbit import analyze
-from foldbit.analysis import pages, study
+from foldbit import analyze, cli
+from foldbit.analysis import pages, pretrained, sources, study
 from foldbit.analysis.sources import SourceError
 from foldbit.training import loop
 from foldbit.training.recipes import DataConfig, Recipe
@@ -128,6 +128,23 @@ def test_an_old_page_stays_where_a_new_one_fails(folder, tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="nothing is left"):
         analyze.run([str(tmp_path / "bad.pt")], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_the_command_line_writes_both_and_names_its_sources(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["analyze", "uniform", "normal", "--schemes=[ls-1,ls-2]", "--seed=3"])
+    assert "analysis.html and analysis.json" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "analysis.json").read_text())
+    assert [study["name"] for study in numbers["studies"]] == ["uniform", "normal"]
+    assert numbers["schemes"] == ["ls-1", "ls-2"]
+    assert "seed 3" in numbers["studies"][0]["description"]
+    with pytest.raises(SystemExit, match="'nothing' is neither a file nor a run folder"):
+        cli.main(["analyze", "nothing"])
+    with pytest.raises(SystemExit):
+        cli.main(["analyze", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    for name in [*sources.distributions(), *pretrained.PACKAGED]:
+        assert name.replace("-", "") in said.replace("-", "").replace(" ", "")
 
 
 def test_the_study_on_efficientnet_lite0():

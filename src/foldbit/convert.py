@@ -16,7 +16,7 @@ from foldbit import models
 from foldbit.core.config import QuantConfig
 from foldbit.nn import layers
 from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
-from foldbit.packed import files
+from foldbit.packed import files, fusion
 from foldbit.packed.layers import PackedLayer, empty
 from foldbit.packed.spec import LayerSpec
 
@@ -29,10 +29,14 @@ _QUANTIZED = (QuantConv2d, QuantConv1d, QuantLinear)
 
 @dataclass
 class ConversionReport:
-    """What :func:`quantize_` did: which layers it quantized how, and what it left float and why."""
+    """What :func:`quantize_` did: which layers it quantized how, and what it left float and why.
+
+    After :func:`pack_`, ``fusion`` says which neighbours' work each packed layer does.
+    """
 
     quantized: dict[str, QuantConfig] = field(default_factory=dict)
     left_float: dict[str, str] = field(default_factory=dict)
+    fusion: fusion.FusionReport | None = None
 
     def __str__(self) -> str:
         lines = [f"quantized {len(self.quantized)} layers, left {len(self.left_float)} float"]
@@ -41,6 +45,8 @@ class ConversionReport:
             for name, c in self.quantized.items()
         ]
         lines += [f"  {name}: float, {reason}" for name, reason in self.left_float.items()]
+        if self.fusion is not None:
+            lines += ["packed layers do the work of their neighbours", str(self.fusion)]
         return "\n".join(lines)
 
 
@@ -116,7 +122,7 @@ def quantize_(
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         report.quantized[name] = chosen
-    _replace(model, replacements)
+    fusion.replace(model, replacements)
     setattr(model, _REPORT, report)
     return model
 
@@ -140,13 +146,15 @@ def update_report(model: nn.Module, changed: Mapping[str, QuantConfig]) -> None:
         report.quantized.update({name: c for name, c in changed.items() if name in report.quantized})
 
 
-def pack_(model: Model) -> Model:
+def pack_(model: Model, *, fuse: bool = True) -> Model:
     """Replace a model's quantized layers by packed ones, and put it in evaluation mode.
 
-    The outputs are those of the quantized model in evaluation, up to float rounding.
+    The outputs are those of the quantized model in evaluation, up to float rounding. Packed layers also do
+    the work of batch norms and nonlinearities next to them; which ones is in :func:`conversion_report`.
 
     Args:
         model: a network that :func:`quantize_` converted; changed in place.
+        fuse: whether they do. Without it batch norms can still learn, after packing.
 
     Returns:
         The same model.
@@ -168,9 +176,13 @@ def pack_(model: Model) -> Model:
             except ValueError as error:
                 raise ValueError(f"layer {name} cannot be packed: {error}") from error
     if not replacements and not any(isinstance(m, PackedLayer) for m in model.modules()):
-        raise ValueError("nothing to pack: the model has no quantized layers; call foldbit.quantize_ first")
-    _replace(model, replacements)
-    return model.eval()
+        raise ValueError(
+            "nothing to pack: foldbit.quantize_ left every layer float; foldbit.conversion_report says why"
+            if hasattr(model, _REPORT)
+            else "nothing to pack: the model has no quantized layers; call foldbit.quantize_ first"
+        )
+    fusion.replace(model, replacements)
+    return _finish(model, fuse)
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -209,17 +221,20 @@ def packed_size(model: nn.Module) -> int:
         for module in skeleton.modules()
         if isinstance(module, _QUANTIZED) and not module.weight_quantizer.scheme.is_float
     }
-    _replace(skeleton, replacements)
+    fusion.replace(skeleton, replacements)
     return len(files.serialize(skeleton, _architecture(model)))
 
 
-def load_packed(path: str | os.PathLike[str], model: Model | None = None) -> Model | nn.Module:
+def load_packed(
+    path: str | os.PathLike[str], model: Model | None = None, *, fuse: bool = True
+) -> Model | nn.Module:
     """Read a packed model, in evaluation mode.
 
     Args:
         path: a file that :func:`save_packed` wrote.
         model: a network to fill: float, quantized or packed, of the same shape. Without one, a model of
             :mod:`foldbit.models` is built from the file alone.
+        fuse: as in :func:`pack_`.
 
     Returns:
         The given model, its layers replaced by packed ones; or a new one.
@@ -235,8 +250,8 @@ def load_packed(path: str | os.PathLike[str], model: Model | None = None) -> Mod
         with torch.device("meta"):
             draft = _build(path, contents.architecture)
         _plan(path, contents, draft)
-        return _fill(path, contents, _build(path, contents.architecture))
-    return _fill(path, contents, model)
+        return _fill(path, contents, _build(path, contents.architecture), fuse)
+    return _fill(path, contents, model, fuse)
 
 
 def _architecture(model: nn.Module) -> files.Architecture | None:
@@ -244,17 +259,37 @@ def _architecture(model: nn.Module) -> files.Architecture | None:
     return None if built is None else files.Architecture(*built)
 
 
-def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model) -> Model:
-    _replace(model, {module: empty(spec) for module, spec in _plan(path, contents, model).items()})
+def _fill(path: str | os.PathLike[str], contents: files.Contents, model: Model, fuse: bool) -> Model:
+    plan = _plan(path, contents, model)
+    fusion.unfuse_(model)
+    fusion.replace(model, {module: empty(spec) for module, spec in plan.items()})
     model.load_state_dict(contents.tensors)
-    return model.eval()
+    return _finish(model, fuse)
+
+
+def _finish(model: Model, fuse: bool) -> Model:
+    """Put a packed model into evaluation mode, its layers fused or not, and report which."""
+    model.eval()
+    if not fuse:
+        fusion.unfuse_(model)
+    packed = {name: m.spec.config for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    report = getattr(model, _REPORT, None) or ConversionReport(quantized=packed)
+    report.fusion = fusion.fuse_(model) if fuse else None
+    setattr(model, _REPORT, report)
+    for module in model.modules():
+        if type(module) is nn.Conv2d:  # the order that packed layers write
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _plan(
     path: str | os.PathLike[str], contents: files.Contents, model: nn.Module
 ) -> dict[nn.Module, LayerSpec]:
     """Which of the model's layers become packed ones, after checking that the whole file fits the model."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # the file has every name of a layer
+    modules = {  # the file has every name of a layer
+        name: m.original if isinstance(m, fusion.Absorbed) else m
+        for name, m in model.named_modules(remove_duplicate=False)
+    }
     plan = {}
     state = model.state_dict()
     other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -268,7 +303,9 @@ def _plan(
         own = module.spec if isinstance(module, PackedLayer) else _spec_or_none(module, spec.config)
         if own != spec:
             raise files.MismatchedModel(
-                f"{path}: layer {name!r} is {spec}, in the model it is {own or type(module).__name__}"
+                f"{path}: layer {name!r} is a packed {spec.kind}, in the model it is {type(module).__name__}"
+                if own is None
+                else f"{path}: layer {name!r} has {spec.differences(own)} as in the model"
             )
         plan[module] = spec
         for key in module.state_dict(prefix=f"{name}."):
@@ -312,14 +349,6 @@ def _packed_twin(layer: QuantLayer) -> PackedLayer:
     spec = LayerSpec.of(layer, layer.config)
     running = quantizer.running_scales if quantizer.static else None
     return PackedLayer.from_codes(spec, planes, scales, layer.bias, running)
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put replacements in, wherever a module stands (it may stand in several places)."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
 
 
 def _check_patterns(overrides: Mapping[str, QuantConfig | None], candidates: Mapping[str, nn.Module]) -> None:

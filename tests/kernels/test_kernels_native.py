@@ -95,6 +95,38 @@ def test_every_instruction_set_gives_the_same_numbers_as_the_reference(problem, 
             np.testing.assert_array_equal(got, y, err_msg=isa)
 
 
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.data(), st.integers(1, 3))
+def test_thresholds_slopes_and_residuals_too(problem, data, threads):
+    (x, w, weight_scales, activation_scales, bias), geometry = problem
+    groups, segments = w.shape[1], w.shape[3]
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    nodes, runs, words = 2 ** activation_scales.shape[1] - 1, groups * segments, w.shape[6]
+    thresholds = rng.standard_normal((nodes, runs, 32 * words), dtype=np.float32)
+    ends = np.array([0.0, -0.0, np.inf, -np.inf], np.float32)
+    thresholds = np.where(rng.random(thresholds.shape) < 0.2, rng.choice(ends, thresholds.shape), thresholds)
+    flips = rng.integers(0, 2**32, (runs, words), np.uint32)
+    out = (len(x), *geometry["out_size"], weight_scales.shape[1])
+    extras = dict(
+        slopes=data.draw(st.sampled_from([None, rng.standard_normal(out[-1], dtype=np.float32)])),
+        residual=data.draw(st.sampled_from([None, rng.standard_normal(out, dtype=np.float32)])),
+    )
+    if data.draw(st.booleans()):
+        extras |= dict(thresholds=thresholds, flips=flips)
+    packed = reference.pack_activation(
+        x, activation_scales, groups, segments, thresholds=thresholds, flips=flips
+    )
+    y = reference.conv(x, w, weight_scales, activation_scales, bias, **geometry, **extras)
+    for isa in ISAS:
+        with native.use(isa):
+            got = native.pack_activation(x, activation_scales, groups, segments, threads, thresholds, flips)
+            np.testing.assert_array_equal(got, packed, err_msg=isa)
+            got = native.conv(
+                x, w, weight_scales, activation_scales, bias, **geometry, **extras, threads=threads
+            )
+            np.testing.assert_array_equal(got, y, err_msg=isa)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", [(5, 200, 1, 1), (1, 200, 70, 1), (2, 200, 9, 9), (3, 8192, 1, 1)])
 def test_pixelwise_convolutions_and_long_sums(isa, shape):
@@ -161,6 +193,21 @@ MISTAKES = [
     (dict(padding=(0, -1)), r"padding must be .* at least 0, got \(0, -1\)"),
     (dict(out=floats(2, 3, 4, 4)), r"out must be .*\[2, 4, 4, 3\], got float32 \[2, 3, 4, 4\]"),
     (dict(out=floats(2, 3, 4, 4).transpose(0, 2, 3, 1)), r"out must be C-contiguous"),
+    (dict(flips=np.zeros((1, 1), np.uint32)), r"thresholds and flips go together"),
+    (
+        dict(thresholds=floats(1, 1, 8), flips=np.zeros((1, 1), np.uint32)),
+        r"thresholds must be .*\[1, 1, 32\], got float32 \[1, 1, 8\]",
+    ),
+    (
+        dict(
+            activation_scales=floats(2, 5),
+            thresholds=floats(31, 1, 32),
+            flips=np.zeros((1, 1), np.uint32),
+        ),
+        r"thresholds serve 1 to 4 planes, got 5",
+    ),
+    (dict(slopes=floats(4)), r"slopes must be .* shape \[3\], got float32 \[4\]"),
+    (dict(residual=floats(2, 3, 4, 4)), r"residual must be .*\[2, 4, 4, 3\], got float32 \[2, 3, 4, 4\]"),
     (dict(threads=0), r"threads must be at least 1, got 0"),
 ]
 

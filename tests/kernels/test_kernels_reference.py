@@ -92,3 +92,34 @@ def test_nan_scales_give_nan_for_their_sample_only():
         np.ones((2, 4, 1, 1), np.float32), w, np.ones((1, 3, 1), np.float32), scales, out_size=(1, 1)
     )
     assert (y[0] == 4).all() and np.isnan(y[1]).all()
+
+
+def test_thresholds_at_the_sums_of_scales_fold_as_scales_do():
+    rng = np.random.default_rng(0)
+    x = (rng.integers(-40, 40, (2, 70, 3, 4)) / 8).astype(np.float32)  # exact sums, many ties
+    scales = np.array([[2.0, 1.0, 0.5]] * 2, np.float32)
+    tree = np.array([0, -2, 2, -3, -1, 1, 3], np.float32)
+    thresholds = np.broadcast_to(tree[:, None, None], (7, 2, 64)).copy()
+    no_flips = np.zeros((2, 2), np.uint32)
+    expected = reference.pack_activation(x, scales, groups=2)
+    got = reference.pack_activation(x, scales, groups=2, thresholds=thresholds, flips=no_flips)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_flips_invert_channels_and_leave_spare_bits():
+    x = np.array([-1.0, 1.0, -1.0], np.float32).reshape(1, 3, 1, 1)
+    thresholds, flips = np.zeros((1, 1, 32), np.float32), np.array([[0xFFFFFFF0 | 0b110]], np.uint32)
+    packed = reference.pack_activation(x, np.ones((1, 1), np.float32), thresholds=thresholds, flips=flips)
+    assert packed.item() == 0b011
+
+
+def test_slopes_then_residual():
+    w = layout.disk_to_kernel(np.zeros((1, 2, 1, 1, 1), np.uint8), 1)
+    one = np.ones((1, 2, 1), np.float32)
+    x = np.array([-1.0, 1.0], np.float32).reshape(1, 1, 2, 1)
+    y = reference.conv(
+        x, w, one, np.ones((1, 1), np.float32), out_size=(2, 1),
+        slopes=np.array([0.0, 0.5], np.float32),
+        residual=np.array([1, 2, 3, 4], np.float32).reshape(1, 2, 1, 2),
+    )  # fmt: skip
+    assert y.ravel().tolist() == [1.0, 1.5, 4.0, 5.0]

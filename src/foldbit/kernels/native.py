@@ -77,10 +77,16 @@ class use:
 
 
 def pack_activation(
-    x: NDArray[np.float32], scales: NDArray[np.float32], groups: int = 1, segments: int = 1, threads: int = 1
+    x: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    groups: int = 1,
+    segments: int = 1,
+    threads: int = 1,
+    thresholds: NDArray[np.float32] | None = None,
+    flips: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.uint32]:
     """:func:`foldbit.kernels.reference.pack_activation` on the current backend."""
-    return _backend().pack_activation(x, scales, groups, segments, threads)
+    return _backend().pack_activation(x, scales, groups, segments, threads, thresholds, flips)
 
 
 def conv_integers(
@@ -120,6 +126,10 @@ def conv(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     out_size: Pair,
+    thresholds: NDArray[np.float32] | None = None,
+    flips: NDArray[np.uint32] | None = None,
+    slopes: NDArray[np.float32] | None = None,
+    residual: NDArray[np.float32] | None = None,
     out: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
@@ -134,6 +144,10 @@ def conv(
         padding=padding,
         dilation=dilation,
         out_size=out_size,
+        thresholds=thresholds,
+        flips=flips,
+        slopes=slopes,
+        residual=residual,
         out=out,
         threads=threads,
     )

@@ -19,7 +19,13 @@ Pair = tuple[int, int]
 
 
 def pack_activation(
-    x: NDArray[np.float32], scales: NDArray[np.float32], groups: int = 1, segments: int = 1, threads: int = 1
+    x: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    groups: int = 1,
+    segments: int = 1,
+    threads: int = 1,
+    thresholds: NDArray[np.float32] | None = None,
+    flips: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.uint32]:
     """Fold values into sign planes, one bit a value.
 
@@ -31,6 +37,11 @@ def pack_activation(
         scales: ``float32 [N, k]``, each sample's own.
         groups, segments: each of ``groups * segments`` runs of channels starts on a word of its own.
         threads: has no effect here.
+        thresholds, flips: fold by thresholds instead of scales, of which only the number then matters:
+            ``float32 [2^k - 1, groups * segments, 32 * words]`` and ``uint32 [groups * segments, words]``,
+            k at most 4. A value walks down a binary tree from node 0: its bit is ``x < thresholds[node]``,
+            and the next node ``2 node + 1`` if so, ``2 node + 2`` if not. In channels that ``flips`` marks
+            the bits are inverted afterwards.
 
     Returns:
         ``uint32 [k, N, H, W, groups * segments, words]``, spare bits 0.
@@ -38,6 +49,17 @@ def pack_activation(
     n, c, h, w = x.shape
     residual = x.transpose(0, 2, 3, 1).reshape(n, h, w, groups * segments, c // (groups * segments))
     planes = []
+    if thresholds is not None:
+        assert flips is not None, "thresholds and flips go together"
+        channels = residual.shape[-1]
+        flipped = _signs(flips, channels) < 0
+        node = np.zeros(residual.shape, np.intp)
+        for _ in range(scales.shape[1]):
+            run, channel = np.indices(flipped.shape)
+            below = residual < thresholds[node, run, channel]
+            planes.append(bits_to_words(below ^ flipped))
+            node = 2 * node + np.where(below, 1, 2)
+        return np.stack(planes)
     for v in scales.T[..., None, None, None, None]:
         negative = residual < 0
         planes.append(bits_to_words(negative))
@@ -101,6 +123,10 @@ def conv(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     out_size: Pair,
+    thresholds: NDArray[np.float32] | None = None,
+    flips: NDArray[np.uint32] | None = None,
+    slopes: NDArray[np.float32] | None = None,
+    residual: NDArray[np.float32] | None = None,
     out: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
@@ -117,6 +143,9 @@ def conv(
         activation_scales: ``float32 [N, ka]``.
         bias: ``float32 [out_channels]``.
         stride, padding, dilation, out_size: as in :func:`conv_integers`.
+        thresholds, flips: as in :func:`pack_activation`.
+        slopes: ``float32 [out_channels]``: where y is negative it is multiplied by its channel's slope.
+        residual: ``float32 [N, OH, OW, out_channels]``, added last.
         out: where to write the result; a new array by default.
 
     Returns:
@@ -125,7 +154,7 @@ def conv(
     groups, segments = w.shape[1], w.shape[3]
     out_channels = weight_scales.shape[1]
     integers = conv_integers(
-        pack_activation(x, activation_scales, groups, segments),
+        pack_activation(x, activation_scales, groups, segments, thresholds=thresholds, flips=flips),
         w,
         stride=stride,
         padding=padding,
@@ -142,6 +171,10 @@ def conv(
             for j, activation_scale in enumerate(activation_scales.T[..., None, None, None]):
                 with np.errstate(invalid="ignore", over="ignore"):
                     out += weight_scale * (activation_scale * integers[i, j, s])
+    if slopes is not None:
+        np.multiply(out, slopes, out=out, where=out < 0)
+    if residual is not None:
+        out += residual
     return out
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from foldbit.models.registry import register
+from foldbit.packed.fusion import Absorbed
 
 Nonlinearity = Literal["relu", "prelu", "none"]
 Block = Literal["regular", "xnor"]
@@ -98,8 +99,8 @@ class XnorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, channels, H, W] -> [N, width, H/stride, W/stride]``."""
-        x = self.act1(self.conv1(self.bn1(x))) + self.shortcut(x)
-        return self.act2(self.conv2(self.bn2(x))) + x
+        x = _convolve(self.conv1, self.act1, self.bn1(x), self.shortcut(x))
+        return _convolve(self.conv2, self.act2, self.bn2(x), x)
 
 
 class RegularBlock(nn.Module):
@@ -142,6 +143,13 @@ def resnet18_cifar(
 ) -> ResNet:
     """ResNet-18 with a 3x3 stem and no pooling, for images of 32x32 pixels."""
     return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes)
+
+
+def _convolve(conv: nn.Module, nonlinearity: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """nonlinearity(conv(x)) + shortcut, by a packed layer that does it all at once where there is one."""
+    if isinstance(nonlinearity, Absorbed):
+        return conv(x, residual=shortcut)
+    return nonlinearity(conv(x)) + shortcut
 
 
 def _shortcut(channels: int, width: int, stride: int) -> nn.Module:

@@ -6,7 +6,10 @@ differ by float rounding only.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +18,29 @@ from torch.nn import functional as F
 
 from foldbit.core import schemes, solvers
 from foldbit.kernels import layout
-from foldbit.packed import ops
+from foldbit.packed import ops, thresholds
 from foldbit.packed.spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Modules whose work a packed layer does, as they were before.
+
+    Attributes:
+        before: monotone ones that its input goes through, in order: batch norm, ReLU and the like.
+        norm_after: a batch norm of its output.
+        nonlinearity: after that: ReLU, LeakyReLU, PReLU or Identity.
+    """
+
+    before: tuple[nn.Module, ...] = ()
+    norm_after: nn.BatchNorm1d | nn.BatchNorm2d | None = None
+    nonlinearity: nn.Module | None = None
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether one of them treats channels differently."""
+        by_channel = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
+        return any(isinstance(m, by_channel) for m in (*self.before, self.norm_after, self.nonlinearity))
 
 
 class PackedLayer(nn.Module):
@@ -32,6 +56,9 @@ class PackedLayer(nn.Module):
         scales: their scales, ``float32 [k, out]``, or ``[k, out, segments]`` when scaled by group.
         bias: ``float32 [out]`` or None.
         activation_scales: the input's scales ``float32 [k]`` where they are static, else None.
+
+    A packed layer can do the work of its neighbours (:mod:`foldbit.packed.fusion`): monotone modules before
+    it become thresholds, a batch norm after it changes its scales and bias, a ReLU is its last step.
     """
 
     planes: Tensor
@@ -41,6 +68,10 @@ class PackedLayer(nn.Module):
     words: Tensor
     weight_scales: Tensor
     input_scales: Tensor | None
+    output_bias: Tensor | None
+    thresholds: Tensor | None
+    flips: Tensor | None
+    slopes: Tensor | None
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -50,9 +81,11 @@ class PackedLayer(nn.Module):
             dtype, shape = stored.get(name, (None, ()))
             self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in stored else None)
         # What the kernels take, made from the tensors above whenever those are loaded.
-        self.register_buffer("words", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("weight_scales", torch.empty(0), persistent=False)
-        self.register_buffer("input_scales", None, persistent=False)
+        # No buffers: those cost a search at every use, and layers of a small network take microseconds.
+        self.words = torch.empty(0, dtype=torch.int32)
+        self.weight_scales = torch.empty(0)
+        self.input_scales = self.output_bias = self.thresholds = self.flips = self.slopes = None
+        self.neighbours = Neighbours()
         self.register_load_state_dict_post_hook(PackedLayer._lay_out)
 
     @classmethod
@@ -86,8 +119,17 @@ class PackedLayer(nn.Module):
         layer.load_state_dict(state)
         return layer.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, in the dtype of x.
+    def absorb(self, neighbours: Neighbours) -> None:
+        """Do the work of these modules, as they are now, from here on."""
+        self.neighbours = neighbours
+        self.lay_out()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, in the dtype of x, and the residual added to it.
+
+        Args:
+            x: the input.
+            residual: of the output's shape. Dense channels-last memory is read as it is.
 
         Raises:
             RuntimeError: in training mode, where a gradient would silently stop here.
@@ -98,8 +140,11 @@ class PackedLayer(nn.Module):
                 "then pack it, or call model.eval()"
             )
         images = self._as_images(x)
-        y = self._float_conv(images) if self.spec.config.activation == "fp" else self._bitwise_conv(images)
-        return self._from_images(y, x).to(x.dtype)
+        if self.spec.config.activation == "fp":
+            y = self._from_images(self._float_conv(images), x).to(x.dtype)
+            return y if residual is None else y + residual
+        added = None if residual is None else self._as_output_images(residual.float())
+        return self._from_images(self._bitwise_conv(images, added), x).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Quantization and geometry."""
@@ -120,9 +165,9 @@ class PackedLayer(nn.Module):
         signed = torch.where(segmented, -scales, scales)
         return signed.sum(0).flatten(-2).movedim(-1, 1)
 
-    def _bitwise_conv(self, x: Tensor) -> Tensor:
+    def _bitwise_conv(self, x: Tensor, residual: Tensor | None) -> Tensor:
         spec = self.spec
-        if spec.config.clamp is not None:
+        if spec.config.clamp is not None and self.thresholds is None:
             x = x.clamp(-spec.config.clamp, spec.config.clamp)
         scales = self._input_scales(x)
         out_size = spec.out_size(x.shape[2], x.shape[3])
@@ -132,17 +177,21 @@ class PackedLayer(nn.Module):
             self.words,
             self.weight_scales,
             scales,
-            self.bias,
+            self.output_bias,
             spec.stride,
             padding[::2],  # top and left; the other two follow from the size
             spec.dilation,
             out_size,
+            self.thresholds,
+            self.flips,
+            self.slopes,
+            residual,
         )
 
     def _input_scales(self, x: Tensor) -> Tensor:
         """The input's scales, float32 ``[N, k]``."""
         if self.input_scales is not None:
-            return self.input_scales.expand(x.shape[0], -1)
+            return self.input_scales if x.shape[0] == 1 else self.input_scales.expand(x.shape[0], -1)
         scheme = schemes.parse(self.spec.config.activation)
         if x.numel() == 0:
             return x.new_zeros(x.shape[0], scheme.planes, dtype=torch.float32)
@@ -172,6 +221,14 @@ class PackedLayer(nn.Module):
         """View the output ``[N, out, OH, OW]`` in the rank of the input x."""
         raise NotImplementedError
 
+    def _as_output_images(self, y: Tensor) -> Tensor:
+        """View something of the output's shape as ``[N, out, OH, OW]``; undoes :meth:`_from_images`."""
+        raise NotImplementedError
+
+    def _for_neighbours(self, x: Tensor) -> Tensor:
+        """View values ``[n, channels]`` as a batch of inputs."""
+        raise NotImplementedError
+
     def _check_input(self, x: Tensor, ranks: tuple[int, ...], channel_dim: int, expected: str) -> None:
         if x.ndim not in ranks or x.shape[channel_dim] != self.spec.in_channels:
             raise ValueError(
@@ -181,16 +238,45 @@ class PackedLayer(nn.Module):
 
     @staticmethod
     def _lay_out(layer: nn.Module, _incompatible_keys: Any) -> None:
-        """Bring the planes into the kernels' form, whenever they have been loaded."""
         assert isinstance(layer, PackedLayer)
         spec = layer.spec
         words = layout.disk_to_kernel(
             layer.planes.numpy(), spec.channels, groups=spec.groups, segments=spec.segments
         )
         layer.words = torch.from_numpy(words.view("int32"))
-        layer.weight_scales = layer.scales.reshape(spec.weight_planes, spec.out_channels, spec.segments)
-        if layer.activation_scales is not None:
-            layer.input_scales = layer.activation_scales.unsqueeze(0)
+        layer.lay_out()
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Bring scales, bias and neighbours into the kernels' form: to be called whenever they change."""
+        spec = self.spec
+        self.weight_scales = self.scales.reshape(spec.weight_planes, spec.out_channels, spec.segments)
+        self.output_bias = self.bias
+        if self.neighbours.norm_after is not None:
+            gain, shift = _affine(self.neighbours.norm_after)
+            self.weight_scales = (self.weight_scales * gain[:, None]).float()
+            self.output_bias = (shift if self.bias is None else self.bias * gain + shift).float()
+        self.slopes = _slopes(self.neighbours.nonlinearity, spec.out_channels)
+        if self.activation_scales is not None:
+            self.input_scales = self.activation_scales.unsqueeze(0)
+            self.thresholds = self.flips = None
+            if spec.activation_planes <= thresholds.MAX_PLANES:
+                found = thresholds.find(self._before_folding(), self.activation_scales, spec.in_channels)
+                self.thresholds, self.flips = thresholds.lay_out(*found, spec.groups * spec.segments)
+
+    def _before_folding(self) -> Callable[[Tensor], Tensor]:
+        """What happens to values ``[n, channels]`` before they are folded."""
+        # Copies: a network in half precision, or on another device, still folds in float32 on the CPU.
+        before = [copy.deepcopy(m).cpu().float().eval() for m in self.neighbours.before]
+        clamp = self.spec.config.clamp
+
+        def function(x: Tensor) -> Tensor:
+            y = self._for_neighbours(x)
+            for module in before:
+                y = module(y)
+            return (y if clamp is None else y.clamp(-clamp, clamp)).reshape(x.shape)
+
+        return function
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
         return self  # see the class: .to(), .half() and the like change float layers, not packed ones
@@ -206,6 +292,12 @@ class PackedConv2d(PackedLayer):
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y if x.ndim == 4 else y.squeeze(0)
 
+    def _as_output_images(self, y: Tensor) -> Tensor:
+        return y if y.ndim == 4 else y.unsqueeze(0)
+
+    def _for_neighbours(self, x: Tensor) -> Tensor:
+        return x[:, :, None, None]
+
 
 class PackedConv1d(PackedLayer):
     """A packed 1-d convolution. Input ``[N, C, L]`` or ``[C, L]``."""
@@ -217,18 +309,35 @@ class PackedConv1d(PackedLayer):
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y.squeeze(2) if x.ndim == 3 else y.squeeze(2).squeeze(0)
 
+    def _as_output_images(self, y: Tensor) -> Tensor:
+        return (y if y.ndim == 3 else y.unsqueeze(0)).unsqueeze(2)
+
+    def _for_neighbours(self, x: Tensor) -> Tensor:
+        return x[:, :, None]
+
 
 class PackedLinear(PackedLayer):
     """A packed linear layer. Input ``[N, ..., C]`` or ``[C]``; a sample is an index of the first dim."""
 
     def _as_images(self, x: Tensor) -> Tensor:
         self._check_input(x, tuple(range(1, max(x.ndim, 1) + 1)), -1, "[N, ..., C] or [C]")
+        if x.ndim != 2 and self.neighbours.by_channel:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(x.shape)}; it does the work of a batch "
+                "norm or PReLU, whose channels are dim 1, so it takes [N, C]; or pack with fuse=False"
+            )
         samples = x.shape[0] if x.ndim > 1 else 1
         places = math.prod(x.shape[1:-1])
         return x.reshape(samples, places, x.shape[-1]).transpose(1, 2).unsqueeze(3)
 
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], self.spec.out_channels)
+
+    def _as_output_images(self, y: Tensor) -> Tensor:
+        return y.reshape(y.shape[0] if y.ndim > 1 else 1, -1, y.shape[-1]).transpose(1, 2).unsqueeze(3)
+
+    def _for_neighbours(self, x: Tensor) -> Tensor:
+        return x
 
     def _float_conv(self, x: Tensor) -> Tensor:
         # As a product, for a convolution refuses images without pixels.
@@ -242,6 +351,28 @@ _KINDS: dict[str, type[PackedLayer]] = {
     "conv1d": PackedConv1d,
     "linear": PackedLinear,
 }
+
+
+@torch.no_grad()
+def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A batch norm in evaluation as gain·y + shift, in float64 on the CPU, ``[channels]`` each."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
+    gain = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().double().cpu()
+    shift = -mean * gain
+    return gain, shift if norm.bias is None else shift + norm.bias.detach().double().cpu()
+
+
+def _slopes(nonlinearity: nn.Module | None, channels: int) -> Tensor | None:
+    """What a nonlinearity multiplies negative values by, float32 ``[channels]``; None for 1."""
+    if nonlinearity is None or isinstance(nonlinearity, nn.Identity):
+        return None
+    if isinstance(nonlinearity, nn.PReLU):
+        return nonlinearity.weight.detach().float().cpu().expand(channels).contiguous()
+    slope = nonlinearity.negative_slope if isinstance(nonlinearity, nn.LeakyReLU) else 0.0
+    return torch.full((channels,), slope)
 
 
 def empty(spec: LayerSpec) -> PackedLayer:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foldbit.kernels import native
@@ -16,7 +19,8 @@ Pair = Sequence[int]
 torch.library.define(
     "foldbit::packed_conv",
     "(Tensor x, Tensor words, Tensor weight_scales, Tensor activation_scales, Tensor? bias, int[2] stride, "
-    "int[2] padding, int[2] dilation, SymInt[2] out_size) -> Tensor",
+    "int[2] padding, int[2] dilation, SymInt[2] out_size, Tensor? thresholds=None, Tensor? flips=None, "
+    "Tensor? slopes=None, Tensor? residual=None) -> Tensor",
 )
 
 
@@ -30,8 +34,12 @@ def packed_conv(
     padding: Pair,
     dilation: Pair,
     out_size: Pair,
+    thresholds: Tensor | None = None,
+    flips: Tensor | None = None,
+    slopes: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Fold x into planes, convolve them with packed weights, scale and add the bias.
+    """Fold x into planes, convolve them with packed weights, scale, and add the bias.
 
     On the CPU only, and not differentiable.
 
@@ -45,6 +53,12 @@ def packed_conv(
         stride, dilation: (vertical, horizontal).
         padding: (top, left) rows and columns of exact zeros; bottom and right follow from ``out_size``.
         out_size: (height, width) of the output.
+        thresholds: float32 ``[2^planes - 1, runs, 32 * words]``: fold x by comparisons with these, which may
+            hold a batch norm and a clamp before the layer, instead of by the activation scales
+            (:mod:`foldbit.packed.thresholds`).
+        flips: int32 ``[runs, words]``, with the thresholds.
+        slopes: float32 ``[out]``: what negative outputs of a channel are multiplied by; 0 is ReLU.
+        residual: float32, of the output's shape: added last.
 
     Returns:
         float32 ``[N, out, height, width]``, channels-last.
@@ -53,8 +67,9 @@ def packed_conv(
         foldbit.kernels.native.KernelUnavailable: without the native core, unless the slow path was chosen.
     """
     return torch.ops.foldbit.packed_conv.default(
-        x, words, weight_scales, activation_scales, bias, stride, padding, dilation, out_size
-    )
+        x, words, weight_scales, activation_scales, bias, stride, padding, dilation, out_size,
+        thresholds, flips, slopes, residual,
+    )  # fmt: skip
 
 
 def _on_cpu(
@@ -67,22 +82,50 @@ def _on_cpu(
     padding: Pair,
     dilation: Pair,
     out_size: Pair,
+    thresholds: Tensor | None = None,
+    flips: Tensor | None = None,
+    slopes: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     out = _output(x, weight_scales, out_size)
     native.conv(
         x.detach().numpy(),  # in grad mode the float layers before make x require a gradient
-        words.numpy().view(np.uint32),
-        weight_scales.numpy(),
-        activation_scales.contiguous().numpy(),
-        None if bias is None else bias.numpy(),
+        _view(words).view(np.uint32),
+        _view(weight_scales),
+        _view(activation_scales) if len(x) == 1 else activation_scales.contiguous().numpy(),
+        None if bias is None else _view(bias),
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
         dilation=(dilation[0], dilation[1]),
         out_size=(out_size[0], out_size[1]),
+        thresholds=None if thresholds is None else _view(thresholds),
+        flips=None if flips is None else _view(flips).view(np.uint32),
+        slopes=None if slopes is None else _view(slopes),
+        residual=None if residual is None else _channels_last(residual),
         out=out.permute(0, 2, 3, 1).numpy(),
         threads=torch.get_num_threads(),
     )
     return out
+
+
+# NumPy's view of a tensor costs a microsecond, and a layer's constants are viewed again at every call.
+_views: dict[int, tuple[weakref.ref[Tensor], NDArray[Any]]] = {}
+
+
+def _view(constant: Tensor) -> NDArray[Any]:
+    known = _views.get(id(constant))
+    if known is not None and known[0]() is constant:
+        return known[1]
+    key = id(constant)
+    # Of an alias, which holds the memory: a view of the tensor itself would keep that alive forever.
+    view = constant.detach().contiguous().numpy()
+    _views[key] = weakref.ref(constant, lambda _: _views.pop(key, None)), view
+    return view
+
+
+def _channels_last(x: Tensor) -> NDArray[np.float32]:
+    """``[N, H, W, C]``, dense: a view of what packed layers give, a copy of anything else."""
+    return x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
 
 
 def _fake(
@@ -95,6 +138,10 @@ def _fake(
     padding: Pair,
     dilation: Pair,
     out_size: Pair,
+    thresholds: Tensor | None = None,
+    flips: Tensor | None = None,
+    slopes: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return _output(x, weight_scales, out_size)
 

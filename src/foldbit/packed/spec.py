@@ -108,6 +108,13 @@ class LayerSpec:
         """Whether the input's scales are fixed, hence stored."""
         return self.activation_planes > 0 and self.config.activation_scales == "static"
 
+    def differences(self, other: LayerSpec) -> str:
+        """What is different in the other, as in ``stride (1, 1), not (2, 2)``."""
+        mine, theirs = (dataclasses.asdict(spec) for spec in (self, other))
+        for fields in (mine, theirs):
+            fields |= fields.pop("config")
+        return "; ".join(f"{k} {mine[k]}, not {theirs[k]}" for k in mine if mine[k] != theirs[k])
+
     def out_size(self, height: int, width: int) -> Pair:
         """Height and width of the output for an input of that size.
 

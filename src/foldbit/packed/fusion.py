@@ -1,0 +1,254 @@
+"""Fusion: packed layers take over the cheap float work around them.
+
+    batch norm, ReLU, clamp → packed layer → batch norm → ReLU or PReLU → + shortcut
+
+What comes before a layer with static scales becomes the thresholds it folds by, a batch norm behind it
+changes its scales and bias, and nonlinearity and residual are its last step, in registers. A module that was
+absorbed stays where it stands in the network, with its parameters under their names, and passes its input on;
+so state dicts and files are the same, fused or not.
+
+Which modules follow each other is read off torch.fx's trace of the network, or of those of its parts that can
+be traced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from foldbit.packed import thresholds
+from foldbit.packed.layers import Neighbours, PackedConv2d, PackedLayer
+
+#: Element by element or channel by channel, and monotone: thresholds can hold them.
+MONOTONE = (nn.BatchNorm2d, nn.BatchNorm1d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Identity)
+NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+#: What a layer can do last.
+NONLINEARITIES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
+
+
+@dataclass
+class FusionReport:
+    """Which modules each packed layer does the work of, and which neighbours it leaves alone, and why."""
+
+    fused: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for name in dict.fromkeys([*self.fused, *self.left]):
+            lines.append(f"  {name}: does {', '.join(self.fused.get(name, [])) or 'nothing besides'}")
+            lines += [f"    not {reason}" for reason in self.left.get(name, [])]
+        return "\n".join(lines)
+
+
+class Absorbed(nn.Module):
+    """A module whose work a packed layer does: keeps its parameters and their names, passes its input on."""
+
+    def __init__(self, original: nn.Module, layer: PackedLayer) -> None:
+        super().__init__()
+        self._parameters = original._parameters
+        self._buffers = original._buffers
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+        self._version = original._version  # torch reads it from the instance, too
+        self._held = (original, layer)  # in a tuple, so that they are no children
+        self.training = original.training
+        self.register_load_state_dict_post_hook(_lay_out_again)
+
+    @property
+    def original(self) -> nn.Module:
+        """The module as it was."""
+        return self._held[0]
+
+    @property
+    def layer(self) -> PackedLayer:
+        """The layer that does its work."""
+        return self._held[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x.
+
+        Raises:
+            RuntimeError: in training mode, where a batch norm would have to learn.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"this {type(self.original).__name__} is part of a packed layer, which is for inference: "
+                "call model.eval(), or pack with fuse=False"
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        """What it was."""
+        return f"{type(self.original).__name__}, part of a packed layer"
+
+
+def fuse_(model: nn.Module) -> FusionReport:
+    """Let the packed layers of a model in evaluation take over what stands next to them.
+
+    Layers that did so before stay as they are.
+    """
+    report = FusionReport()
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, Absorbed):
+            layer = names[module.layer]
+            report.fused.setdefault(layer, []).append(f"{type(module.original).__name__} {name}")
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for part, graph in _traces(model):
+        modules = dict(part.named_modules())
+        chain = _Chain(modules, Counter(), places, names, report)
+        chain.calls.update(str(node.target) for node in graph.nodes if node.op == "call_module")
+        for node in graph.nodes:
+            layer = modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, PackedLayer) and layer.neighbours == Neighbours():
+                _fuse(layer, node, chain)
+        replace(model, chain.absorbed)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer) and name not in report.fused and name not in report.left:
+            report.left[name] = ["its neighbours: torch.fx cannot trace the forward pass that calls it"]
+    return report
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Give every module its own work back."""
+    absorbed = {m: m.original.train(m.training) for m in model.modules() if isinstance(m, Absorbed)}
+    replace(model, absorbed)
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and module.neighbours != Neighbours():
+            module.absorb(Neighbours())
+
+
+def replace(model: nn.Module, replacements: dict[Any, Any]) -> None:
+    """Put replacements in, wherever a module stands (it may stand in several places)."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+@dataclass
+class _Chain:
+    """What is known about the modules of a part of a network."""
+
+    modules: dict[str, nn.Module]
+    calls: Counter[str]
+    places: Counter[int]
+    names: dict[nn.Module, str]
+    report: FusionReport
+    absorbed: dict[nn.Module, nn.Module] = field(default_factory=dict)
+
+    def module(self, node: Any) -> nn.Module | None:
+        """The module that a node calls with one tensor and nothing else, if it does."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
+            return None
+        module = self.modules.get(str(node.target))
+        return None if module in self.absorbed else module  # another layer has taken it
+
+    def why_keeps(self, node: fx.Node, layer: PackedLayer) -> str | None:
+        """Why the module that a node next to the layer calls must keep its work, if it must."""
+        module = self.modules[str(node.target)]
+        if self.calls[str(node.target)] != 1 or self.places[id(module)] != 1:
+            return "it is used in several places"
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return "it has hooks"
+        if isinstance(module, NORMS):
+            if module.running_mean is None:
+                return "it has no running statistics"
+            if type(module) is not (nn.BatchNorm2d if isinstance(layer, PackedConv2d) else nn.BatchNorm1d):
+                return f"it does not fit a {type(layer).__name__}"
+        return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
+    name = chain.names[layer]
+    left = chain.report.left.setdefault(name, [])
+    if layer.spec.config.activation == "fp":
+        left.append("its neighbours: its input is float, and so is all it computes")
+        return
+    if chain.calls[str(node.target)] != 1 or chain.places[id(layer)] != 1:
+        left.append("its neighbours: it is used in several places")
+        return
+    before = _before(layer, node, chain, left)
+    norm, nonlinearity = _after(layer, node, chain, left)
+    absorbed = [*before, *(m for m in (norm, nonlinearity) if m is not None)]
+    if not left:
+        del chain.report.left[name]
+    if not absorbed:
+        chain.report.fused[name] = []
+        return
+    chain.report.fused[name] = [f"{type(m).__name__} {chain.names[m]}" for m in absorbed]
+    layer.absorb(Neighbours(tuple(before), norm, nonlinearity))
+    chain.absorbed |= {m: Absorbed(m, layer) for m in absorbed}
+
+
+def _before(layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]) -> list[nn.Module]:
+    """Modules before the layer that its thresholds can hold, the first first."""
+    found: list[nn.Module] = []
+    place = node.args[0] if node.args else None
+    while (module := chain.module(place)) is not None and type(module) in MONOTONE:
+        assert isinstance(place, fx.Node)
+        reason = "its result has another use" if len(place.users) > 1 else chain.why_keeps(place, layer)
+        reason = reason or _why_no_thresholds(layer, module)
+        if reason:
+            left.append(f"{type(module).__name__} {chain.names[module]}: {reason}")
+            break
+        found.insert(0, module)
+        place = place.args[0]
+    return found
+
+
+def _why_no_thresholds(layer: PackedLayer, module: nn.Module) -> str | None:
+    if layer.activation_scales is None:
+        return "dynamic scales are solved for its result; static ones would not need it"
+    if layer.spec.activation_planes > thresholds.MAX_PLANES:
+        return f"{layer.spec.activation_planes} planes would take too many thresholds"
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
+        return "its slope is negative, so it does not keep values in order"
+    return None
+
+
+def _after(
+    layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]
+) -> tuple[nn.BatchNorm1d | nn.BatchNorm2d | None, nn.Module | None]:
+    """A batch norm and a nonlinearity behind the layer, either, or none."""
+    found: list[Any] = [None, None]
+    place = node
+    for i, allowed in enumerate((NORMS, NONLINEARITIES)):
+        user = next(iter(place.users)) if len(place.users) == 1 else None
+        module = chain.module(user)
+        if user is None or module is None or type(module) not in allowed:
+            continue
+        reason = chain.why_keeps(user, layer)
+        if reason:
+            left.append(f"{type(module).__name__} {chain.names[module]}: {reason}")
+            break
+        found[i], place = module, user
+    return found[0], found[1]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PackedLayer | Absorbed) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traces(module: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
+    """Graphs of the model, or of its largest parts that can be traced and hold packed layers."""
+    if isinstance(module, PackedLayer) or not any(isinstance(m, PackedLayer) for m in module.modules()):
+        return []
+    try:
+        return [(module, _Tracer().trace(module))]
+    except Exception:  # whatever a forward pass does with a proxy: its parts may fare better
+        return [found for child in module.children() for found in _traces(child)]
+
+
+def _lay_out_again(module: nn.Module, _incompatible_keys: Any) -> None:
+    assert isinstance(module, Absorbed)
+    layer = module.layer
+    if not any(t.is_meta for t in [*layer.buffers(), *module._buffers.values()] if t is not None):
+        layer.lay_out()

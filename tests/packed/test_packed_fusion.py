@@ -1,0 +1,239 @@
+"""Fused networks against unfused ones, what fuses and what does not, and that nothing else changes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import foldbit as fb
+from foldbit.packed.fusion import Absorbed, unfuse_
+from foldbit.packed.layers import PackedLayer
+
+STATIC = fb.QuantConfig(activation_scales="static", clamp=2.0)
+DYNAMIC = fb.QuantConfig(activation_scales="dynamic", clamp=2.0)
+
+
+def settled(model, x):
+    """In evaluation, with statistics and parameters that matter."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(x)
+    return model.eval()
+
+
+def both(model, shape, config=STATIC, **options):
+    """The same network packed without and with fusion, and an input."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    settled(fb.quantize_(model, config, skip=(), **options), x)
+    return fb.pack_(copy.deepcopy(model), fuse=False), fb.pack_(copy.deepcopy(model)), torch.randn(shape)
+
+
+def conv(i, o, **options):
+    return nn.Conv2d(i, o, 3, padding=1, **options)
+
+
+SEQUENTIALS = {
+    "before": lambda: [nn.BatchNorm2d(5), conv(5, 7)],
+    "before and after": lambda: [nn.BatchNorm2d(5), nn.ReLU(), conv(5, 7), nn.BatchNorm2d(7), nn.PReLU(7)],
+    "no bias": lambda: [conv(5, 7, bias=False), nn.BatchNorm2d(7), nn.ReLU()],
+    "a chain": lambda: [
+        conv(5, 33),
+        nn.BatchNorm2d(33),
+        nn.ReLU(),
+        conv(33, 7),
+        nn.LeakyReLU(0.2),
+        conv(7, 2),
+    ],
+    "without parameters": lambda: [nn.BatchNorm2d(5, affine=False), conv(5, 7)],
+    "strided and grouped": lambda: [nn.BatchNorm2d(6), conv(6, 9, stride=2, groups=3), nn.ReLU()],
+    "padded with values": lambda: [nn.BatchNorm2d(5), nn.Conv2d(5, 3, 3, padding=1, padding_mode="reflect")],
+    "nested": lambda: [nn.Sequential(nn.BatchNorm2d(5), nn.Sequential(conv(5, 7)), nn.ReLU6())],
+}
+SHAPES = {"strided and grouped": (4, 6, 9, 8)}
+
+
+@pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+@pytest.mark.parametrize("activation", ["ls-1", "ls-T", "ls-2", "gf-4", "gf-5"])
+@pytest.mark.parametrize("name", SEQUENTIALS)
+@torch.no_grad()
+def test_fused_networks_give_what_unfused_ones_give(name, activation, config):
+    config = fb.QuantConfig(**{**config.to_dict(), "activation": activation, "weight": "ls-2"})
+    plain, fused, x = both(nn.Sequential(*SEQUENTIALS[name]()), SHAPES.get(name, (4, 5, 9, 8)), config)
+    y = plain(x)
+    close = (fused(x) - y).abs() <= 1e-4 * y.abs().max()
+    assert close.float().mean() > 0.999  # rounding after a batch norm may move a value across a threshold
+    assert any(isinstance(m, Absorbed) for m in fused.modules()) == any(
+        names for names in fb.conversion_report(fused).fusion.fused.values()
+    )
+
+
+@torch.no_grad()
+def test_thresholds_are_exact():
+    """Nothing but thresholds: then not even rounding differs."""
+    plain, fused, x = both(nn.Sequential(nn.BatchNorm2d(40), conv(40, 7)), (4, 40, 9, 8))
+    assert torch.equal(fused(x), plain(x))
+    nhwc = x.to(memory_format=torch.channels_last)
+    assert torch.equal(fused(nhwc), plain(nhwc))
+
+
+@pytest.mark.parametrize("nonlinearity", ["relu", "prelu", "none"])
+@torch.no_grad()
+def test_xnor_blocks_fuse_whole(nonlinearity):
+    torch.manual_seed(0)
+    model = fb.models.create("resnet8-xnor", widths=(8, 12, 16), nonlinearity=nonlinearity)
+    x = torch.randn(16, 1, 16, 16)
+    fb.quantize_(model, STATIC, overrides=fb.models.float_layers(model))
+    settled(model, x)
+    fused = fb.pack_(copy.deepcopy(model))
+    y = fb.pack_(model, fuse=False)(x)
+    close = (fused(x) - y).abs().amax(1) <= 1e-4 * y.abs().max()
+    assert close.float().mean() >= 0.9
+    report = fb.conversion_report(fused).fusion
+    assert all(len(names) == 2 for names in report.fused.values()) and len(report.fused) == 6
+    assert "stages.0.0.conv1: does BatchNorm2d stages.0.0.bn1, " in str(fb.conversion_report(fused))
+
+
+@pytest.mark.parametrize(
+    "layers, shape",
+    [
+        ([nn.BatchNorm1d(6), nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4), nn.ReLU()], (3, 6, 11)),
+        ([nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3)], (30, 6)),
+        ([nn.ReLU(), nn.Linear(6, 40), nn.LeakyReLU()], (30, 2, 6)),
+    ],
+)
+@torch.no_grad()
+def test_other_kinds_of_layers(layers, shape):
+    plain, fused, x = both(nn.Sequential(*layers), shape)
+    y = plain(x)
+    assert ((fused(x) - y).abs() <= 1e-4 * y.abs().max()).float().mean() > 0.99
+    assert any(isinstance(m, Absorbed) for m in fused.modules())
+
+
+def test_a_linear_layer_with_channels_takes_vectors_only():
+    _, fused, _ = both(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), (30, 6))
+    with pytest.raises(ValueError, match=r"\(3, 6, 6\); it does the work of a batch norm .* fuse=False"):
+        fused(torch.randn(3, 6, 6))
+
+
+class Awkward(nn.Module):
+    """What must not fuse: results with two uses, shared modules, hooks, attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.shared, self.hooked = nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+        self.conv1, self.conv2, self.conv3, self.conv4 = (conv(5, 5) for _ in range(4))
+        self.relu = nn.ReLU()
+        self.hooked.register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        y = self.twice(x)
+        x = self.conv1(y) + y
+        x = self.relu(self.conv2(self.shared(x)))
+        x = self.relu(self.conv3(self.shared(x)))
+        return self.conv4(self.hooked(x))
+
+
+@torch.no_grad()
+def test_what_cannot_fuse_stays_and_is_reported():
+    plain, fused, x = both(Awkward(), (4, 5, 6, 6))
+    assert torch.equal(fused(x), plain(x))
+    assert not any(isinstance(m, Absorbed) for m in fused.modules())
+    left = fb.conversion_report(fused).fusion.left
+    assert left["conv1"] == ["BatchNorm2d twice: its result has another use"]
+    assert left["conv2"] == [
+        "BatchNorm2d shared: it is used in several places",
+        "ReLU relu: it is used in several places",
+    ]
+    assert left["conv4"] == ["BatchNorm2d hooked: it has hooks"]
+
+
+def test_dynamic_scales_need_their_input():
+    _, fused, _ = both(nn.Sequential(nn.BatchNorm2d(5), conv(5, 7), nn.ReLU()), (4, 5, 6, 6), DYNAMIC)
+    report = fb.conversion_report(fused).fusion
+    assert report.fused["1"] == ["ReLU 2"] and "dynamic" in report.left["1"][0]
+    assert "not BatchNorm2d 0: dynamic scales" in str(report)
+
+
+class Branching(nn.Module):
+    """Cannot be traced; its parts can."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.BatchNorm2d(5), conv(5, 5))
+        self.head = conv(5, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x)) if x.sum() < 1e9 else x
+
+
+@torch.no_grad()
+def test_parts_of_a_network_that_cannot_be_traced_fuse():
+    plain, fused, x = both(Branching(), (4, 5, 6, 6))
+    assert torch.equal(fused(x), plain(x))
+    report = fb.conversion_report(fused).fusion
+    assert report.fused["body.1"] == ["BatchNorm2d body.0"]
+    assert "cannot trace" in report.left["head"][0]
+
+
+@torch.no_grad()
+def test_state_files_copies_and_unfusing(tmp_path):
+    model = nn.Sequential(nn.BatchNorm2d(5), conv(5, 7), nn.BatchNorm2d(7), nn.PReLU(7))
+    plain, fused, x = both(model, (4, 5, 6, 6))
+    y = fused(x)
+    state = plain.state_dict()
+    assert state.keys() == fused.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in fused.state_dict().items())
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(other(x), y)
+        other.load_state_dict({key: torch.zeros_like(t) for key, t in state.items()})
+        assert not other(x).any()
+        other.load_state_dict(state)
+        assert torch.equal(other(x), y)
+    assert torch.equal(fused(x), y)
+    fb.save_packed(fused, tmp_path / "fused.safetensors")
+    fb.save_packed(plain, tmp_path / "plain.safetensors")
+    assert (tmp_path / "fused.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    for target in (copy.deepcopy(fused), copy.deepcopy(plain)):
+        assert torch.equal(fb.load_packed(tmp_path / "plain.safetensors", target)(x), y)
+        assert torch.equal(fb.load_packed(tmp_path / "plain.safetensors", target, fuse=False)(x), plain(x))
+    unfuse_(fused)
+    assert torch.equal(fused(x), plain(x)) and type(fused[0]) is nn.BatchNorm2d
+    assert fb.pack_(fused) is fused and torch.equal(fused(x), y)
+
+
+def test_an_absorbed_batch_norm_does_not_learn_silently():
+    _, fused, x = both(nn.Sequential(nn.BatchNorm2d(5), conv(5, 7)), (4, 5, 6, 6))
+    with pytest.raises(RuntimeError, match="this BatchNorm2d is part of a packed layer"):
+        fused.train()(x)
+
+
+@torch.no_grad()
+def test_a_residual_is_added_in_any_memory_order_and_rank():
+    _, fused, x = both(nn.Sequential(conv(5, 7)), (4, 5, 6, 6))
+    layer = fused[0]
+    assert isinstance(layer, PackedLayer)
+    y, residual = layer(x), torch.randn(4, 7, 6, 6)
+    for added in (residual, residual.to(memory_format=torch.channels_last)):
+        assert torch.equal(layer(x, added), y + residual)
+    assert torch.equal(layer(x[0], residual[0]), (y + residual)[0])
+    with pytest.raises(ValueError, match="residual must be"):
+        layer(x, residual[:, :3])
+
+
+@torch.no_grad()
+def test_export_and_compile_see_fused_layers():
+    _, fused, x = both(nn.Sequential(nn.BatchNorm2d(5), conv(5, 7), nn.PReLU(7), conv(7, 3)), (4, 5, 6, 6))
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},)).module()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for images in (x, torch.randn(2, 5, 6, 6)):
+        assert torch.equal(exported(images), fused(images))
+        assert torch.equal(compiled(images), fused(images))
