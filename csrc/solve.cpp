@@ -107,6 +107,42 @@ Summary<T> summarize(const T* x, size_t n, T limit) {
   return {sum[0], lowest[0], highest[0]};
 }
 
+// A row in chunks that threads share. Where they lie depends on its length alone, and their sums are added in
+// order, so the numbers do not depend on the threads. Not more chunks than this: each keeps a histogram.
+class Chunks {
+ public:
+  explicit Chunks(size_t n) : n_(n), count_(std::min(kMost, std::max<size_t>(1, n / kShortest))) {}
+
+  size_t count() const { return count_; }
+  size_t begin(size_t chunk) const { return n_ / count_ * chunk + std::min(chunk, n_ % count_); }
+  size_t length(size_t chunk) const { return begin(chunk + 1) - begin(chunk); }
+
+  // Call body(chunk) for each.
+  template <class Body>
+  void share(int threads, const Body& body) const {
+    parallel_for(static_cast<int64_t>(count_), threads, [&](int64_t chunk) { body(static_cast<size_t>(chunk)); });
+  }
+
+ private:
+  static constexpr size_t kShortest = size_t(1) << 16, kMost = 16;
+
+  size_t n_, count_;
+};
+
+template <class T>
+Summary<T> summarize(const T* x, const Chunks& chunks, T limit, int threads) {
+  if (chunks.count() == 1) return summarize(x, chunks.length(0), limit);
+  std::vector<Summary<T>> parts(chunks.count());
+  chunks.share(threads, [&](size_t c) { parts[c] = summarize(x + chunks.begin(c), chunks.length(c), limit); });
+  Summary<T> all = parts[0];
+  for (size_t c = 1; c < chunks.count(); ++c) {
+    all.sum += parts[c].sum;
+    all.lowest = std::min(all.lowest, parts[c].lowest);
+    all.highest = std::max(all.highest, parts[c].highest);
+  }
+  return all;
+}
+
 // Equal bins from the lowest magnitude up, and a last one for all that lies beyond them.
 template <class T>
 class Grid {
@@ -154,6 +190,10 @@ struct Bin {
     sum += magnitude;
     count += 1;
   }
+  void add(const Bin& other) {
+    sum += other.sum;
+    count += other.count;
+  }
 };
 
 // A bin that may hide a better split: how much it holds, what lies below it, and the gain it promises.
@@ -169,8 +209,9 @@ struct Scratch {
   static constexpr int kLevels = 4;  // of histograms of bins of histograms; what is then left is sorted
   static constexpr size_t kKeptBytes = size_t(1) << 18;
 
-  std::vector<Bin> bins;
-  std::vector<T*> ends;  // a bin: where its next gathered magnitude goes, or null if it is no candidate
+  std::vector<Bin> bins;    // first those of the whole stretch, then, if it has several, those of its chunks
+  std::vector<Bin> copies;  // see fill_bins
+  std::vector<T*> ends;     // a bin: where its next gathered magnitude goes, or null if it is no candidate
   std::vector<Candidate> candidates[kLevels];
   std::vector<T> gathered[kLevels];
   std::vector<T> sorted, rescaled;
@@ -192,12 +233,23 @@ constexpr size_t kRankAtMost = 64;
 constexpr size_t kMagnitudesPerBin = 12;
 constexpr size_t kMaxBins = 1024;
 
+template <class T>
+Scratch<T>& own_scratch() {
+  thread_local Scratch<T> scratch;
+  return scratch;
+}
+
 // Searches the splits of one row for the best.
 template <class Objective, class T>
 class Search {
  public:
-  Search(Objective objective, Split first, double tolerated_gain, T limit, Scratch<T>& scratch)
-      : objective_(objective), best_(first), tolerated_gain_(tolerated_gain), limit_(limit), scratch_(scratch) {}
+  Search(Objective objective, Split first, double tolerated_gain, T limit, int threads, Scratch<T>& scratch)
+      : objective_(objective),
+        best_(first),
+        tolerated_gain_(tolerated_gain),
+        limit_(limit),
+        threads_(threads),
+        scratch_(scratch) {}
 
   void row(const T* x, size_t n, const Summary<T>& summary) {
     if (n <= kRankAtMost) return by_rank(x, n, 0, 0);
@@ -224,7 +276,8 @@ class Search {
   void by_histogram(const T* x, size_t n, const Summary<T>& summary, double m, double low, int level) {
     const Grid<T> grid(summary, n, std::min(kMaxBins, std::max<size_t>(16, n / kMagnitudesPerBin)), limit_);
     if (!grid.usable()) return by_sorting(x, n, m, low);
-    fill_bins(grid, x, n);
+    const Chunks chunks(n);
+    fill_bins(grid, x, chunks);
     try_edges(grid.bins(), m, low);
 
     std::vector<Candidate>& candidates = scratch_.candidates[level];
@@ -232,7 +285,7 @@ class Search {
     if (candidates.empty()) return;
     std::vector<T>& gathered = scratch_.gathered[level];
     if (gathered.size() < total) gathered.resize(total);
-    gather(grid, x, n, candidates, gathered.data());
+    gather(grid, x, chunks, candidates, gathered.data());
 
     const T* inside = gathered.data();
     for (const Candidate& candidate : candidates) {
@@ -274,16 +327,34 @@ class Search {
     }
   }
 
-  void fill_bins(const Grid<T>& grid, const T* x, size_t n) {
+  void fill_bins(const Grid<T>& grid, const T* x, const Chunks& chunks) {
+    const size_t bins = grid.bins();
+    if (chunks.count() == 1) {
+      scratch_.bins.resize(bins);
+      return fill_bins(grid, x, chunks.length(0), scratch_, scratch_.bins.data());
+    }
+    scratch_.bins.resize(bins * (1 + chunks.count()));
+    Bin* const table = scratch_.bins.data();
+    chunks.share(threads_, [&](size_t c) {
+      fill_bins(grid, x + chunks.begin(c), chunks.length(c), own_scratch<T>(), table + bins * (1 + c));
+    });
+    for (size_t b = 0; b < bins; ++b) {
+      Bin all{0, 0};
+      for (size_t c = 1; c <= chunks.count(); ++c) all.add(table[bins * c + b]);
+      table[b] = all;
+    }
+  }
+
+  void fill_bins(const Grid<T>& grid, const T* x, size_t n, Scratch<T>& scratch, Bin* table) const {
     // Equal magnitudes, zeros say, would make each addition to their bin wait for the one before. So neighbours
     // add to different copies of the bin.
     constexpr size_t kCopies = 4;
     const size_t bins = grid.bins();
-    scratch_.bins.assign(bins * kCopies, Bin{0, 0});
-    Bin* const table = scratch_.bins.data();
-    for_each_block(grid, x, n, [table, limit = limit_](const T* values, const int32_t* bin, size_t length) {
+    scratch.copies.assign(bins * kCopies, Bin{0, 0});
+    Bin* const copies = scratch.copies.data();
+    for_each_block(grid, x, n, [copies, limit = limit_](const T* values, const int32_t* bin, size_t length) {
       const auto add = [=](size_t i, size_t copy) {
-        table[static_cast<size_t>(bin[i]) * kCopies + copy].add(clipped(values[i], limit));
+        copies[static_cast<size_t>(bin[i]) * kCopies + copy].add(clipped(values[i], limit));
       };
       size_t i = 0;
       for (; i + kCopies <= length; i += kCopies) {
@@ -292,11 +363,8 @@ class Search {
       for (; i < length; ++i) add(i, 0);
     });
     for (size_t b = 0; b < bins; ++b) {
-      Bin all = table[b * kCopies];
-      for (size_t copy = 1; copy < kCopies; ++copy) {
-        all.sum += table[b * kCopies + copy].sum;
-        all.count += table[b * kCopies + copy].count;
-      }
+      Bin all = copies[b * kCopies];
+      for (size_t copy = 1; copy < kCopies; ++copy) all.add(copies[b * kCopies + copy]);
       table[b] = all;
     }
   }
@@ -341,13 +409,31 @@ class Search {
   }
 
   // Copy the candidates' magnitudes to `out`, one candidate after the other.
-  void gather(const Grid<T>& grid, const T* x, size_t n, const std::vector<Candidate>& candidates, T* out) {
-    scratch_.ends.assign(grid.bins(), nullptr);
-    T** const ends = scratch_.ends.data();
-    for (const Candidate& candidate : candidates) {
-      ends[candidate.bin] = out;
-      out += candidate.count;
-    }
+  void gather(const Grid<T>& grid, const T* x, const Chunks& chunks, const std::vector<Candidate>& candidates,
+              T* out) const {
+    // A chunk's magnitudes go behind those of the chunks before it: all know from their histograms where.
+    const size_t bins = grid.bins();
+    const Bin* const table = scratch_.bins.data();
+    const auto start = [&](size_t chunk, T** ends) {
+      T* next = out;
+      for (const Candidate& candidate : candidates) {
+        ends[candidate.bin] = next;
+        for (size_t c = 1; c <= chunk; ++c) {
+          ends[candidate.bin] += static_cast<size_t>(table[bins * c + candidate.bin].count);
+        }
+        next += candidate.count;
+      }
+    };
+    chunks.share(threads_, [&](size_t c) {
+      std::vector<T*>& ends = own_scratch<T>().ends;
+      ends.assign(bins, nullptr);
+      start(c, ends.data());
+      gather(grid, x + chunks.begin(c), chunks.length(c), candidates, ends.data());
+    });
+  }
+
+  void gather(const Grid<T>& grid, const T* x, size_t n, const std::vector<Candidate>& candidates,
+              T** const ends) const {
     const int32_t first = static_cast<int32_t>(candidates.front().bin);
     const int32_t last = static_cast<int32_t>(candidates.back().bin);
     for_each_block(grid, x, n, [=, limit = limit_](const T* values, const int32_t* bin, size_t length) {
@@ -402,6 +488,7 @@ class Search {
   Split best_;
   const double tolerated_gain_;
   const T limit_;
+  const int threads_;
   double unopened_gain_ = 0;
   Scratch<T>& scratch_;
 };
@@ -412,11 +499,11 @@ struct Solution {
 
 template <class T>
 Solution solve_two_planes(const T* x, size_t n, const Summary<T>& summary, T limit, double tolerance,
-                          Scratch<T>& scratch) {
+                          int threads, Scratch<T>& scratch) {
   const double count = double(n), mean = summary.sum / count;
   const double mean_part = summary.sum * mean;  // of ‖x‖²: what one level saves
   const Split none{0, 0, 0, 1};
-  Search<TwoPlanes, T> search({count, summary.sum}, none, tolerance * mean_part, limit, scratch);
+  Search<TwoPlanes, T> search({count, summary.sum}, none, tolerance * mean_part, limit, threads, scratch);
   search.row(x, n, summary);
   const Split& best = search.best();
   const double excess = search.missed_gain() / (mean_part + best.gain());
@@ -427,10 +514,10 @@ Solution solve_two_planes(const T* x, size_t n, const Summary<T>& summary, T lim
 
 template <class T>
 Solution solve_ternary(const T* x, size_t n, const Summary<T>& summary, T limit, double tolerance,
-                       Scratch<T>& scratch) {
+                       int threads, Scratch<T>& scratch) {
   const double count = double(n);
   const Split none{0, 0, summary.sum * summary.sum, count};
-  Search<Ternary, T> search({count, summary.sum}, none, tolerance * none.gain(), limit, scratch);
+  Search<Ternary, T> search({count, summary.sum}, none, tolerance * none.gain(), limit, threads, scratch);
   search.row(x, n, summary);
   const Split& best = search.best();
   const double level = (summary.sum - best.low) / (count - best.m);
@@ -438,8 +525,9 @@ Solution solve_ternary(const T* x, size_t n, const Summary<T>& summary, T limit,
 }
 
 template <class T>
-Solution solve_row(const T* x, size_t n, SolveScheme scheme, T limit, double tolerance, Scratch<T>& scratch) {
-  const Summary<T> summary = summarize(x, n, limit);
+Solution solve_row(const T* x, size_t n, SolveScheme scheme, T limit, double tolerance, int threads,
+                   Scratch<T>& scratch) {
+  const Summary<T> summary = summarize(x, Chunks(n), limit, threads);
   const T highest = summary.highest;
   if (std::isnan(summary.sum) || std::isinf(highest)) {
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -457,12 +545,12 @@ Solution solve_row(const T* x, size_t n, SolveScheme scheme, T limit, double tol
       const int exponent = std::ilogb(highest);
       scratch.rescaled.resize(n);
       std::transform(x, x + n, scratch.rescaled.begin(), [=](T value) { return std::scalbn(clipped(value, limit), -exponent); });
-      const Solution solution = solve_row(scratch.rescaled.data(), n, scheme, kUnlimited, tolerance, scratch);
+      const Solution solution = solve_row(scratch.rescaled.data(), n, scheme, kUnlimited, tolerance, threads, scratch);
       return {std::scalbn(solution.v1, exponent), std::scalbn(solution.v2, exponent), solution.excess};
     }
   }
-  if (scheme == SolveScheme::two_planes) return solve_two_planes(x, n, summary, limit, tolerance, scratch);
-  return solve_ternary(x, n, summary, limit, tolerance, scratch);
+  if (scheme == SolveScheme::two_planes) return solve_two_planes(x, n, summary, limit, tolerance, threads, scratch);
+  return solve_ternary(x, n, summary, limit, tolerance, threads, scratch);
 }
 
 }  // namespace
@@ -471,13 +559,16 @@ template <class T>
 void solve_rows(const T* x, int64_t rows, int64_t n, int64_t row_stride, SolveScheme scheme, T limit,
                 double tolerance, int threads, double* scales, double* excess) {
   // Short rows go to the threads in batches: one alone is less work than handing it out.
-  const int64_t batch = std::max<int64_t>(1, 16384 / n);
-  parallel_for((rows + batch - 1) / batch, threads, [&](int64_t task) {
-    thread_local Scratch<T> scratch;
+  const int64_t batch = std::max<int64_t>(1, 16384 / n), batches = (rows + batch - 1) / batch;
+  // Where there are too few rows to keep the threads busy, they share each row instead.
+  const bool share_rows = Chunks(static_cast<size_t>(n)).count() > 1 && rows < 2 * threads;
+  const int row_threads = share_rows ? threads : 1;
+  parallel_for(batches, share_rows ? 1 : threads, [&](int64_t task) {
+    Scratch<T>& scratch = own_scratch<T>();
     const int64_t end = std::min(rows, (task + 1) * batch);
     for (int64_t row = task * batch; row < end; ++row) {
       const T* const values = x + row * row_stride;
-      const Solution solution = solve_row(values, static_cast<size_t>(n), scheme, limit, tolerance, scratch);
+      const Solution solution = solve_row(values, static_cast<size_t>(n), scheme, limit, tolerance, row_threads, scratch);
       scales[2 * row] = solution.v1;
       scales[2 * row + 1] = solution.v2;
       excess[row] = solution.excess;
