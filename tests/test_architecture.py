@@ -25,7 +25,7 @@ FLOORS = [
     ["packed", "nn"],
     ["core"],
     ["kernels"],
-    ["tables"],
+    ["tables", "options"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import foldbit as fb
 from foldbit import convert
+from foldbit.summary import likely_input_size, try_input
 
 SIZE = (2, 4, 9, 9)
 
@@ -173,6 +174,76 @@ def test_rows_say_what_each_layer_is():
     assert found["along"].parameters == {1: 16 * 12 * 3, 32: 16}
     weight_only = rows(fb.summary(net(fb.QuantConfig("ls-1", "fp")), SIZE))
     assert weight_only["grouped"].input_bits == 32
+
+
+def test_transposed_convolutions_by_hand():
+    # Each of 4×9×9 values is multiplied by 3×3 weights for each of 3 output channels of its group.
+    found = fb.summary(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2)), (2, 4, 9, 9))
+    assert found.macs == {"float": 2 * 4 * 9 * 9 * 3 * 3 * 3} and found.not_counted == ()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Linear(4, 8)
+        self.norm = nn.LayerNorm((5, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 3)
+        self.table = nn.Embedding(10, 8)
+        self.own = nn.Parameter(torch.zeros(5, 8))
+
+    def forward(self, x):
+        x = self.norm(self.lift(x)) + self.table(torch.zeros(5, dtype=torch.int64)) + self.own
+        return self.lstm(self.attention(x, x, x)[0])[0]
+
+
+def test_what_is_not_counted_is_said_and_is_not_zero():
+    found = fb.summary(Attention(), (2, 5, 4))
+    assert found.not_counted == ("(model)", "attention", "attention.out_proj", "lstm")
+    assert found.macs == {"float": 2 * 5 * 4 * 8}
+    text = str(found)
+    line = next(line for line in text.splitlines() if line.startswith("lstm"))
+    assert line.endswith("not counted")
+    assert next(line for line in text.splitlines() if line.startswith("norm")).split()[-1] == "0"
+    assert "in no total of MACs: (model), attention, attention.out_proj, lstm" in text
+    assert "0.0% of 320 counted" in text
+    only = fb.summary(nn.Sequential(nn.LSTM(4, 3)), (5, 2, 4))
+    assert "not counted" in str(only)  # though no layer has any multiply-accumulates
+    assert "counted" not in str(fb.summary(net(), SIZE))
+
+
+# --- the input
+
+
+@pytest.mark.parametrize("size", ["2,4,9,9", 36, (2, 4, 9.5, 9), None, True, (2, -4, 9, 9)])
+def test_what_is_no_input_size(size):
+    with pytest.raises(TypeError, match="such as \\(1, 3, 224, 224\\)"):
+        fb.summary(net(), size)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (net(), "in layer 'stem' \\(Conv2d\\) on an input of 2×5×9×9: .*to have 4 channels"),
+        (nn.Conv2d(4, 2, 3), "in Conv2d itself on an input of 2×5×9×9"),
+        (nn.Sequential(nn.Sequential(nn.ReLU()), nn.Linear(4, 2)), "in layer '1' \\(Linear\\)"),
+    ],
+)
+def test_a_network_that_fails_is_told_where(model, message):
+    with pytest.raises(RuntimeError, match=message):
+        fb.summary(model, (2, 5, 9, 9))
+
+
+def test_likely_inputs_of_known_models_run():
+    for name in fb.models.names():
+        model = fb.models.create(name)
+        size = likely_input_size(model)
+        try_input(model, torch.zeros(size))
+        fb.quantize_(model)
+        assert likely_input_size(model) == size
+        assert likely_input_size(fb.pack_(model)) == size
+    with pytest.raises(ValueError, match="no 2-d convolution"):
+        likely_input_size(nn.Linear(3, 3))
 
 
 # --- the table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-def train(run: str, **recipe: Any) -> None:
+def train(run: str, threads: int | None = None, **recipe: Any) -> None:
     """Train a network into a run folder; the same command goes on after an interruption, for Ctrl-C saves.
 
     The options below are the fields of a recipe. YAML files with the same fields go to --config or, when they
@@ -17,44 +17,49 @@ def train(run: str, **recipe: Any) -> None:
     from foldbit.training import loop
     from foldbit.training.recipes import Recipe
 
-    outcome = loop.train(Recipe(**recipe), run)
+    outcome = loop.train(Recipe(**recipe), run, threads=threads)
     if not outcome.finished:
         sys.exit(130)
-    print(f"done: test accuracy {outcome.metrics[-1]['test_accuracy']:.2%}, in {run}")
+    how = "done" if outcome.steps else "already finished"
+    print(f"{how}: test accuracy {outcome.metrics[-1]['test_accuracy']:.2%}, in {run}")
 
 
-def evaluate(what: str, data: str | None = None, split: Literal["test", "train"] = "test") -> None:
+def evaluate(
+    what: str,
+    dataset: Literal["fashion-mnist", "digits"] | None = None,
+    data: str | None = None,
+    split: Literal["test", "train"] = "test",
+    threads: int | None = None,
+) -> None:
     """Classify a data set with a trained or packed network, and print the accuracy.
 
     Args:
         what: a run folder, or a packed file (.safetensors) that knows its architecture.
+        dataset: which images; those of the run that the network, or the packed file, lies in unless given.
         data: a folder with Fashion-MNIST's files, where they are not found by themselves.
-        split: which images.
+        split: which images of the data set.
+        threads: torch's threads; all, or one where that is faster, unless given.
     """
-    from foldbit.training import data as datasets
     from foldbit.training import loop
 
-    model, recipe = _load(what)
-    if recipe is None:
-        images = datasets.load("fashion-mnist", data)
-    else:
-        images = datasets.load(recipe.data.name, data or recipe.data.folder, download=recipe.data.download)
-    chosen = images.test if split == "test" else images.train
-    right = loop.predictions(model, chosen, (images.mean, images.std)) == chosen.labels
-    print(f"{right.double().mean().item():.2%} of {len(right):,} {split} images right ({images.source})")
+    model, recipe = _load(what, trained=True)
+    images = loop.images_for(what, recipe, dataset, data)
+    right = loop.accuracy_on(model, images, split, threads)
+    print(f"{right:.2%} of {len(images[split]):,} {split} images of {images.name} right ({images.source})")
 
 
-def summary(what: str, input_size: list[int] | None = None) -> None:
+def summary(what: str, input_size: list[int] | str | None = None) -> None:
     """Print bits, bytes and multiply-accumulates of every layer of a network, and its file's size.
 
     Args:
         what: a run folder, a packed file, or the name of a model (foldbit.models.names()).
-        input_size: shape of one input, batch included; [1, 1, 28, 28] unless given.
+        input_size: shape of one input, batch included, such as 1,3,32,32; guessed from the first
+            convolution unless given.
     """
     from foldbit.summary import summary as summarise
 
     model, _ = _load(what)
-    print(summarise(model, tuple(input_size or (1, 1, 28, 28))))
+    print(summarise(model, _input_size(model, input_size)))
 
 
 def pack(
@@ -80,10 +85,17 @@ def pack(
     from foldbit.training import loop
 
     model, recipe = loop.load_run(run)
-    if has_dynamic_scales(model) if calibrate is None else calibrate:
-        print("calibrating static activation scales on training images; --calibrate false keeps what there is")
-        print(loop.calibrate(model, recipe, calibration_images, images=loop.load_data(recipe, data)))
+    if recipe.quant is None:
+        raise ValueError(
+            f"nothing to pack: {run} was trained in float. Train a quantized network from it, and pack that: "
+            f"foldbit train --recipe fashion-mnist-w1a2 --run {run}-w1a2 --init {run}"
+        )
     path = Path(out) if out else Path(run) / "packed.safetensors"
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+    if has_dynamic_scales(model) if calibrate is None else calibrate:
+        print("calibrating static activation scales on training images (--calibrate false does not)")
+        print(loop.calibrate(model, recipe, calibration_images, images=loop.load_data(recipe, data)))
     size = convert.packed_size(model)
     convert.save_packed(convert.pack_(model), path)
     print(f"packed {run} into {path}: {nbytes(size)}")
@@ -117,22 +129,22 @@ def analyze(
 
 
 def bench(
-    what: str, input_size: list[int] | None = None, threads: int | None = None, seconds: float = 3.0
+    what: str, input_size: list[int] | str | None = None, threads: int = 1, seconds: float = 3.0
 ) -> None:
     """Time a packed network against its float and its unpacked twin, interleaved, as ratios.
 
     Args:
         what: a packed file that knows its architecture, or the run folder of a quantized network.
-        input_size: shape of one input, batch included; [1, 1, 28, 28] unless given.
-        threads: torch's threads; all unless given.
+        input_size: shape of one input, batch included, such as 1,3,32,32; guessed from the first
+            convolution unless given.
+        threads: torch's threads.
         seconds: how long to measure.
     """
     from foldbit import benchmark
 
     model, _ = _load(what)
-    print(
-        benchmark.against_twins(model, tuple(input_size or (1, 1, 28, 28)), threads=threads, seconds=seconds)
-    )
+    size = _input_size(model, input_size)
+    print(benchmark.against_twins(model, size, threads=threads, seconds=seconds))
 
 
 def demo(folder: str = "runs/demo", data: str | None = None, download: bool = True, seed: int = 0) -> None:
@@ -154,9 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         given = _parse(arguments)
+    except ImportError as error:
+        sys.exit(_missing(error))
+    except (ValueError, TypeError) as error:
+        print(f"foldbit: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
         _COMMANDS[given.pop("subcommand")](**given)
     except ImportError as error:
-        sys.exit(f"foldbit: a library is missing ({error}); try pip install 'foldbit[demo]'")
+        sys.exit(_missing(error))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"foldbit: {error}")
     except KeyboardInterrupt:
@@ -164,21 +182,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> dict[str, Any]:
-    """The command's name under ``subcommand``, and its arguments."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+def _missing(error: ImportError) -> str:
+    return f"foldbit: a library is missing ({error}); try pip install 'foldbit[demo]'"
 
-    parser = ArgumentParser(prog="foldbit", description="Neural networks of 1 and 2 bits.")
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    """The command's name under ``subcommand``, and its arguments.
+
+    Raises:
+        ValueError: for a mistake in them, in a sentence.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    from foldbit import options
+
+    parser = ArgumentParser(
+        prog="foldbit", description="Neural networks of 1 and 2 bits.", exit_on_error=False
+    )
     commands = parser.add_subcommands(title="commands")
+    known: dict[str, list[str]] = {}
     for name, command in _COMMANDS.items():
         about = (command.__doc__ or "").partition("\n\n    Args:")[0]
-        sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()))
+        sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()), exit_on_error=False)
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with options of this command")
         if name == "train":
             from foldbit.training.recipes import Recipe, names, path_of
 
             sub.add_argument("--recipe", help=f"a recipe that comes with foldbit: {', '.join(names())}")
             sub.add_argument("--run", required=True, help="the run folder")
+            threads = "torch's threads; all, or one where that is faster, unless given"
+            sub.add_argument("--threads", type=int | None, default=None, help=threads)
+            known[name] = options.fields_of(Recipe)
             sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
             # A name is only another way to spell a file, and keeps its place among the other options.
             arguments = _spell_out(arguments, path_of)
@@ -187,11 +221,18 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             for argument in listed:  # jsonargparse would take one value, a list in YAML
                 sub.add_argument(str(argument), nargs="+", help=_ABOUT_WHAT)
             sub.add_function_arguments(command, as_positional=True, as_group=False, skip=listed)
+        written = (option.lstrip("-") for option in sub._option_string_actions if option != "-h")
+        known[name] = [*known.get(name, []), *written]
         commands.add_subcommand(name, sub, help=about.partition("\n")[0])
-    parsed = parser.instantiate(parser.parse_args(arguments))
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, ValueError, TypeError) as error:
+        name = next((argument for argument in arguments if argument in _COMMANDS), "")
+        help_ = f"foldbit {name} --help".replace("  ", " ")
+        raise ValueError(f"{options.explain(str(error), known.get(name, []))} (see {help_})") from error
     name = parsed.subcommand
-    options = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
-    return {"subcommand": name, **options}
+    given = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
+    return {"subcommand": name, **given}
 
 
 def _spell_out(arguments: list[str], path_of: Callable[[str], Path]) -> list[str]:
@@ -225,8 +266,15 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _load(what: str) -> tuple[Any, Any]:
-    """A network by run folder, packed file or model name, and its recipe where it has one."""
+def _input_size(model: Any, given: list[int] | str | None) -> tuple[int, ...]:
+    from foldbit import options
+    from foldbit.summary import likely_input_size
+
+    return likely_input_size(model) if given is None else options.shape(given)
+
+
+def _load(what: str, trained: bool = False) -> tuple[Any, Any]:
+    """A network by run folder, packed file or, untrained, model name, and its recipe where it has one."""
     from foldbit import convert, models
 
     path = Path(what)
@@ -237,6 +285,11 @@ def _load(what: str) -> tuple[Any, Any]:
     if path.is_file():
         return convert.load_packed(path), None
     if what in models.names():
+        if trained:
+            raise ValueError(
+                f"{what} is a model's name: its weights would be random. Name a run folder, which "
+                f"`foldbit train --model {what} --run FOLDER` makes, or a packed file"
+            )
         return models.create(what).eval(), None
     raise ValueError(
         f"{what!r} is no run folder, no packed file, and no model; models are {', '.join(models.names())}"

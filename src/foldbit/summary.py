@@ -32,6 +32,8 @@ class LayerSummary:
         macs: multiply-accumulates of one forward pass, all calls together, by precision: ``"W1A2"``, or
             ``"float"``.
         plane_macs: binary ones that its bitwise kernel does: MACs × weight planes × input planes.
+        counted: False where it multiplies and nobody knows here how often, as in attention or an LSTM, or
+            where it was not called as a module: ``macs`` is then empty, and stands for no zero.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerSummary:
     float_memory: int
     macs: Counter[str]
     plane_macs: int
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Summary:
         return sum((layer.macs for layer in self.layers), Counter())
 
     @property
+    def not_counted(self) -> tuple[str, ...]:
+        """Layers whose multiply-accumulates are in no total."""
+        return tuple(layer.name for layer in self.layers if not layer.counted)
+
+    @property
     def memory(self) -> int:
         """Bytes of all tensors in a packed file; the header comes on top."""
         return sum(layer.memory for layer in self.layers)
@@ -88,23 +96,27 @@ class Summary:
 
     @property
     def bitwise_share(self) -> float:
-        """The share of multiply-accumulates that bitwise kernels do."""
+        """The share of the multiply-accumulates, of those that are counted, that bitwise kernels do."""
         total = self.macs.total()
         return 1 - self.macs["float"] / total if total else 0.0
 
     def __str__(self) -> str:
         widths = sorted(self.parameters)
-        precisions = sorted(self.macs, key=lambda p: (p == "float", p))
+        found = {*self.macs, *(["float"] if self.not_counted else [])}
+        precisions = sorted(found, key=lambda p: (p == "float", p))
         header = ["layer", "kind", "input\nbits", "output shape"]
         header += [f"{bits}-bit\nparams" for bits in widths]
         header += ["memory"]
         header += [f"{precision}\nMACs" for precision in precisions]
 
-        def cells(parameters: Counter[int], memory: int, macs: Counter[str]) -> list[str]:
+        def cells(
+            parameters: Counter[int], memory: int, macs: Counter[str], counted: bool = True
+        ) -> list[str]:
+            numbers = [f"{macs[precision]:,}" for precision in precisions]
             return [
                 *(f"{parameters[bits]:,}" for bits in widths),
                 nbytes(memory),
-                *(f"{macs[precision]:,}" for precision in precisions),
+                *(numbers if counted else [*[""] * (len(precisions) - 1), "not counted"]),
             ]
 
         rows = [
@@ -113,7 +125,7 @@ class Summary:
                 layer.kind,
                 layer.input_bits,
                 "×".join(map(str, layer.output_shape)),
-                *cells(layer.parameters, layer.memory, layer.macs),
+                *cells(layer.parameters, layer.memory, layer.macs, layer.counted),
             ]
             for layer in self.layers
         ]
@@ -124,14 +136,19 @@ class Summary:
             f"packed file          {self.file_bytes:,} bytes, header included",
             f"float32 tensors      {self.float_memory:,} bytes",
             f"compression          {self.compression:.1f}×",
-            f"bitwise MACs         {self.bitwise_share:.1%} of {self.macs.total():,}",
+            f"bitwise MACs         {self.bitwise_share:.1%} of {self.macs.total():,}"
+            + (" counted" if self.not_counted else ""),
             f"binary plane MACs    {sum(layer.plane_macs for layer in self.layers):,}",
         ]
+        if self.not_counted:
+            lines += ["", f"not counted, and in no total of MACs: {', '.join(self.not_counted)}"]
         if self.left_float:
             lines += ["", "left float"] + [f"  {name}: {reason}" for name, reason in self.left_float.items()]
         if self.not_packable:
             lines += ["", "cannot be packed, and counted as if a file held their planes and scales"]
-            lines += [f"  {name}: {reason}" for name, reason in self.not_packable.items()]
+            for reason in dict.fromkeys(self.not_packable.values()):
+                names = [name for name, own in self.not_packable.items() if own == reason]
+                lines.append(f"  {', '.join(names)}: {reason}")
         return "\n".join(lines)
 
 
@@ -147,11 +164,14 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
 
     Returns:
         A :class:`Summary`; ``print`` it for the table.
+
+    Raises:
+        TypeError: where ``input_size`` is neither.
+        RuntimeError: where the model does not take such an input; says at which layer.
     """
-    x = input_size if isinstance(input_size, Tensor) else _zeros(model, input_size)
-    shapes = _output_shapes(model, x)
+    calls = _calls(model, input_size if isinstance(input_size, Tensor) else _zeros(model, input_size))
     rows = tuple(
-        _summarise(name, module, shapes.get(module, []))
+        _summarise(name, module, calls.get(module, []))
         for name, module in model.named_modules()
         if _own_tensors(module)
     )
@@ -167,7 +187,41 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
     return Summary(rows, convert.packed_size(model), left_float, not_packable)
 
 
-def _summarise(name: str, module: nn.Module, output_shapes: list[torch.Size]) -> LayerSummary:
+def likely_input_size(model: nn.Module) -> tuple[int, ...]:
+    """One image of as many channels as the first 2-d convolution takes: 28×28 where it is grey, else 32×32.
+
+    Raises:
+        ValueError: where the model has no 2-d convolution.
+    """
+    for module in model.modules():
+        channels = 0
+        if isinstance(module, PackedLayer):
+            channels = module.spec.in_channels if module.spec.kind == "conv2d" else 0
+        elif isinstance(module, nn.Conv2d | QuantConv2d):
+            channels = module.in_channels
+        if channels:
+            return (1, 1, 28, 28) if channels == 1 else (1, channels, 32, 32)
+    raise ValueError("this network has no 2-d convolution to guess its input from; say its input_size")
+
+
+def try_input(model: nn.Module, x: Tensor) -> None:
+    """Run a model once in evaluation mode, and leave it as it was.
+
+    Raises:
+        RuntimeError: where it fails; says at which layer, and for which input.
+    """
+    _calls(model, x)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Shapes of the first input and of the output of one call of a module."""
+
+    input: torch.Size
+    output: torch.Size
+
+
+def _summarise(name: str, module: nn.Module, calls: list[_Call]) -> LayerSummary:
     own = _own_tensors(module)
     memory = sum(t.numel() * t.element_size() for t in own)
     parameters = Counter({_FLOAT_BITS: sum(t.numel() for t in own)})
@@ -186,28 +240,40 @@ def _summarise(name: str, module: nn.Module, output_shapes: list[torch.Size]) ->
         if spec.activation_planes:
             precision = spec.config.name
             plane_macs = spec.weight_planes * spec.activation_planes
-    count = _macs(module, spec, output_shapes)
+    known = _macs(module, spec, calls)
+    count = known or 0
     return LayerSummary(
         name or "(model)",
         type(module).__name__,
         input_bits,
-        tuple(output_shapes[-1]) if output_shapes else (),
+        tuple(calls[-1].output) if calls else (),
         parameters,
         memory,
         float_memory,
         Counter({precision: count}) if count else Counter(),
         plane_macs * count,
+        known is not None,
     )
 
 
-def _macs(module: nn.Module, spec: LayerSpec | None, output_shapes: list[torch.Size]) -> int:
-    """One multiply-accumulate for every output value and every weight it sees."""
-    outputs = sum(shape.numel() for shape in output_shapes)
+_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+# Their weights, of two dimensions and more, scale or are looked up: nothing is accumulated.
+_NO_PRODUCTS = nn.LayerNorm | nn.RMSNorm | nn.Embedding | nn.EmbeddingBag
+
+
+def _macs(module: nn.Module, spec: LayerSpec | None, calls: list[_Call]) -> int | None:
+    """One multiply-accumulate for every output value and every weight it sees; None where nobody knows."""
     if spec is not None:
-        return outputs * spec.channels * spec.kernel_size[0] * spec.kernel_size[1]
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return outputs * module.weight[0].numel()
-    return 0
+        weights = spec.channels * spec.kernel_size[0] * spec.kernel_size[1]
+    elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | _TRANSPOSED):
+        weights = module.weight[0].numel()
+    else:
+        multiplies = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+        return None if multiplies and not isinstance(module, _NO_PRODUCTS) else 0
+    if not calls:
+        return None  # used without a call, as attention does with its projection, or not used
+    # In a transposed convolution every input value, not every output value, meets so many weights.
+    return weights * sum((c.input if isinstance(module, _TRANSPOSED) else c.output).numel() for c in calls)
 
 
 def _spec_of(module: nn.Module) -> LayerSpec | None:
@@ -230,28 +296,50 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *buffers]
 
 
-def _output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, list[torch.Size]]:
-    """What each module puts out, call by call: a module may stand in several places."""
-    shapes: dict[nn.Module, list[torch.Size]] = {}
+def _calls(model: nn.Module, x: Tensor) -> dict[nn.Module, list[_Call]]:
+    """The shapes of each call of each module in one forward pass: a module may stand in several places."""
+    calls: dict[nn.Module, list[_Call]] = {}
+    running: list[nn.Module] = []
 
-    def remember(module: nn.Module, _inputs: object, output: object) -> None:
+    def begin(module: nn.Module, _inputs: object) -> None:
+        running.append(module)
+
+    def end(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        running.pop()
         if isinstance(output, Tensor):
-            shapes.setdefault(module, []).append(output.shape)
+            first = inputs[0] if inputs else None
+            shape = first.shape if isinstance(first, Tensor) else torch.Size()
+            calls.setdefault(module, []).append(_Call(shape, output.shape))
 
-    handles = [module.register_forward_hook(remember) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(begin) for module in model.modules()]
+    handles += [module.register_forward_hook(end) for module in model.modules()]
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(x)
+    except Exception as error:  # a network of the user's own may raise anything
+        layer = running[-1] if running else model
+        name = next(name for name, module in model.named_modules() if module is layer)
+        where = f"in layer {name!r} ({type(layer).__name__})" if name else f"in {type(layer).__name__} itself"
+        raise RuntimeError(
+            f"the network fails {where} on an input of {'×'.join(map(str, x.shape))}: {error}. "
+            "Is the input_size right?"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
         for module, was_training in training.items():
             module.training = was_training
-    return shapes
+    return calls
 
 
 def _zeros(model: nn.Module, size: Sequence[int]) -> Tensor:
+    numbers = isinstance(size, Sequence) and not isinstance(size, str)
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in size):
+        raise TypeError(
+            f"input_size is the shape of an input, batch included, such as (1, 3, 224, 224), or an input; "
+            f"got {size!r}"
+        )
     parameter = next(model.parameters(), None)
     if parameter is None:
         return torch.zeros(*size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -22,23 +23,46 @@ class Timing:
     low: float
     high: float
 
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles, relative to the median."""
+        return (self.high - self.low) / self.median
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0) -> dict[str, Timing]:
-    """Time each candidate once a round, for about so many seconds, at least seven rounds.
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, rounds: int = 7
+) -> dict[str, Timing]:
+    """Time each candidate once a round, for about so many seconds, and at least so many rounds.
 
     Whatever else the machine does hits all candidates alike, so their ratios can be trusted where their
     times cannot.
     """
     repeats = {name: _repeats(call) for name, call in candidates.items()}  # warms up, too
-    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(rounds.values()))) < 7:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
         for name, call in candidates.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
-            rounds[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: _timing(times) for name, times in rounds.items()}
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: _timing(taken) for name, taken in times.items()}
+
+
+#: Quartiles further apart than this share of the median say more of the machine than of the candidate.
+UNSTEADY = 0.3
+
+
+def warning(times: Mapping[str, Timing]) -> str:
+    """What to tell whoever reads ratios of these times: nothing, unless some are too unsteady to trust."""
+    unsteady = [name for name, t in times.items() if t.spread > UNSTEADY]
+    if not unsteady:
+        return ""
+    worst = max(times[name].spread for name in unsteady)
+    return (
+        f"DO NOT TRUST THESE RATIOS: the quartiles of {', '.join(unsteady)} are up to {worst:.0%} of the "
+        "median apart. Other work keeps this machine busy; measure again when it is quiet, or for longer"
+    )
 
 
 @torch.no_grad()
@@ -74,10 +98,10 @@ def bitwise_share(model: nn.Module, x: Tensor, *, runs: int = 15) -> float:
 
 
 def sensible_threads(step: Callable[[], object]) -> int:
-    """How many threads torch had better use for such a step: all it would, or one.
+    """How many threads torch had better use for such a step: all it would, or one. None is set.
 
     On a machine where others keep a core busy, torch's threads wait for each other, and two of them can be
-    ten times slower than one. The number is set, and returned.
+    ten times slower than one.
     """
     many = torch.get_num_threads()
     if many == 1:
@@ -87,13 +111,45 @@ def sensible_threads(step: Callable[[], object]) -> int:
         torch.set_num_threads(threads)
         step()
 
-    timings = interleaved({"many": lambda: on(many), "one": lambda: on(1)}, seconds=1.0)
-    threads = 1 if timings["many"].median > 1.1 * timings["one"].median else many
-    torch.set_num_threads(threads)
-    return threads
+    try:
+        times = interleaved({"many": lambda: on(many), "one": lambda: on(1)}, seconds=1.0, rounds=3)
+    finally:
+        torch.set_num_threads(many)
+    return 1 if times["many"].median > 1.1 * times["one"].median else many
 
 
-def machine() -> str:
+@contextmanager
+def threads(
+    asked: int | None, step: Callable[[], object], say: Callable[[str], object] = print
+) -> Iterator[int]:
+    """Run on as many of torch's threads as are asked for, or else as are sensible for such a step just now.
+
+    The number is said, and given; afterwards all is as before.
+
+    Raises:
+        ValueError: where fewer than one are asked for.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"threads is a whole number, at least 1; got {asked}")
+    before = torch.get_num_threads()
+    count = sensible_threads(step) if asked is None else asked
+    why = "as asked"
+    if asked is None:
+        why = "all there are" if count == before else f"{before} are slower just now, by other work perhaps"
+    say(f"  on {threads_in_words(count)}: {why}")
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_in_words(count: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def processor() -> str:
     """The processor's name, for captions."""
     info = Path("/proc/cpuinfo")
     names = []
@@ -101,7 +157,12 @@ def machine() -> str:
         names = [
             line.split(":")[1] for line in info.read_text().splitlines() if line.startswith("model name")
         ]
-    return f"{names[0].strip() if names else 'an unnamed processor'}, {torch.get_num_threads()} thread(s)"
+    return names[0].strip() if names else "an unnamed processor"
+
+
+def machine() -> str:
+    """The processor's name and torch's threads, for captions."""
+    return f"{processor()}, {threads_in_words(torch.get_num_threads())}"
 
 
 def _repeats(call: Callable[[], object]) -> int:

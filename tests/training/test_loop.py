@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -66,6 +67,7 @@ def test_a_finished_run_is_not_trained_again(float_run, digits):
     run, outcome = float_run
     again = loop.train(TINY, run, images=digits)
     assert again.finished and without_time(again.metrics) == without_time(outcome.metrics)
+    assert (outcome.steps, again.steps) == (44, 0)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == TINY.epochs
 
 
@@ -80,7 +82,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, dig
     assert not first.finished
     assert loop.load_run(tmp_path / "halves")[0]  # the checkpoint can be used
     second = loop.train(recipe, tmp_path / "halves", images=digits)
-    assert second.finished
+    assert second.finished and first.steps + second.steps == whole.steps == 44
     for key, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[key], value), key
     for a, b in zip(without_time(whole.metrics), without_time(second.metrics), strict=True):
@@ -149,6 +151,103 @@ def test_folders_of_others_are_refused(float_run, tmp_path, digits):
     assert (tmp_path / "mine").read_text() == "not a run"
     with pytest.raises(loop.RunError, match=r"config\.yaml"):
         loop.load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"init": "typo"}, "there is no folder typo"),
+        ({"model": "nope"}, "unknown model 'nope'"),
+        ({"model_args": {"widths": [1]}}, "one width a stage"),
+        ({"data": DataConfig(name="fashion-mnist", folder="nowhere")}, "nowhere is not a folder"),
+        ({"batch_size": 10**6}, "drop_last leaves nothing"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path, mistake, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(dataclasses.replace(TINY, **mistake), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_taken_over(tmp_path, digits):
+    recipes.save(dataclasses.replace(TINY, init="typo", lr=7.0), tmp_path / "config.yaml")
+    recipe = dataclasses.replace(TINY, epochs=1)
+    assert loop.train(recipe, tmp_path, images=digits).finished
+    assert recipes.load(tmp_path / "config.yaml") == recipe
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # one there is, though it lies aside
+    with pytest.raises(loop.RunError, match="another recipe"):
+        loop.train(TINY, tmp_path, images=digits)
+
+
+def test_a_config_of_something_else_is_not_overwritten(tmp_path, digits):
+    (tmp_path / "config.yaml").write_text("my: thesis\n")
+    with pytest.raises(ValueError, match="not a recipe"):
+        loop.train(TINY, tmp_path, images=digits)
+    assert (tmp_path / "config.yaml").read_text() == "my: thesis\n"
+
+
+def test_a_refusal_names_what_differs(float_run, digits):
+    other = dataclasses.replace(TINY, lr=1.0, quant=QUANT, data=DataConfig(name="digits", train_images=99))
+    with pytest.raises(loop.RunError) as caught:
+        loop.train(other, float_run[0], images=digits)
+    said = str(caught.value)
+    assert "lr 0.01 -> 1.0" in said and "quant None -> W1A2" in said
+    assert "data.train_images None -> 99" in said and "epochs" not in said
+    changed = dataclasses.replace(QUANT, clamp=2.0)
+    assert list(loop._differences(QUANT, changed, "quant")) == ["quant.clamp 3.0 -> 2.0"]
+
+
+def test_a_resumed_run_needs_its_init_no_more(float_run, tmp_path, monkeypatch, digits):
+    start = tmp_path / "start"
+    shutil.copytree(float_run[0], start)
+    recipe = dataclasses.replace(TINY, init=str(start))
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        assert not loop.train(recipe, tmp_path / "run", images=digits).finished
+    shutil.rmtree(start)
+    assert loop.train(recipe, tmp_path / "run", images=digits).finished
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_checkpoints_are_refused_in_a_sentence(float_run, tmp_path, digits):
+    for damaged in ("model.safetensors", "optimizer.bin"):
+        run = tmp_path / damaged
+        shutil.copytree(float_run[0], run)
+        cut(run / "checkpoint" / damaged)
+        with pytest.raises(loop.RunError, match=r"checkpoint is damaged \(.*delete it"):
+            loop.train(TINY, run, images=digits)
+    with pytest.raises(loop.RunError, match=r"model\.safetensors is damaged"):
+        loop.load_run(tmp_path / "model.safetensors")
+    with pytest.raises(loop.RunError, match="is damaged"):
+        loop.train(
+            dataclasses.replace(TINY, init=str(tmp_path / "model.safetensors")), tmp_path / "x", images=digits
+        )
+
+
+def test_threads_are_those_asked_for_and_are_recorded(tmp_path, digits, capsys):
+    before = torch.get_num_threads()
+    short = dataclasses.replace(TINY, epochs=1, data=DataConfig(name="digits", train_images=64))
+    outcome = loop.train(short, tmp_path / "a", images=digits, threads=2)
+    assert [record["threads"] for record in outcome.metrics] == [2]
+    assert "on 2 threads: as asked" in capsys.readouterr().out
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        loop.train(TINY, tmp_path / "b", images=digits, threads=0)
+
+
+def test_choosing_threads_changes_nothing_in_training(tmp_path, monkeypatch, digits):
+    asked = loop.train(dataclasses.replace(TINY, epochs=1), tmp_path / "a", images=digits, threads=1)
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(loop.timing, "sensible_threads", lambda step: step() or step() or 1)
+        chosen = loop.train(dataclasses.replace(TINY, epochs=1), tmp_path / "b", images=digits)
+    finally:
+        torch.set_num_threads(1)
+    for key, value in asked.model.state_dict().items():
+        assert torch.equal(chosen.model.state_dict()[key], value), key
 
 
 def test_weights_of_another_model_are_refused(float_run, tmp_path, digits):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,6 +68,10 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+
+    def __getitem__(self, split: Literal["train", "test"]) -> ImageSet:
+        """The images of a split."""
+        return {"train": self.train, "test": self.test}[split]
 
     def __post_init__(self) -> None:
         if self.train.images.shape[1:] != self.test.images.shape[1:]:

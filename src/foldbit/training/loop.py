@@ -14,8 +14,11 @@ renamed. Resuming repeats nothing: images come in the order they would have come
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -23,19 +26,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from foldbit import timing
 from foldbit.calibrate import CalibrationReport
 from foldbit.calibrate import calibrate as calibrate_
+from foldbit.core.config import QuantConfig
 from foldbit.training import data as datasets
 from foldbit.training import recipes
 from foldbit.training.images import ImageData, ImageSet, batches
@@ -78,34 +84,48 @@ class Outcome:
         metrics: a record an epoch, as in metrics.jsonl.
         losses: a record every 20 steps, as in losses.jsonl.
         finished: False where it was interrupted.
+        steps: how many this call took; none where an earlier one had finished.
     """
 
     model: nn.Module
     metrics: list[dict[str, float]]
     losses: list[dict[str, float]]
     finished: bool
+    steps: int
 
 
-def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | None = None) -> Outcome:
+def train(
+    recipe: Recipe,
+    run: str | os.PathLike[str],
+    *,
+    images: ImageData | None = None,
+    threads: int | None = None,
+) -> Outcome:
     """Train a recipe into a run folder, or go on where an earlier call was interrupted.
+
+    Nothing is written before the model, the weights to start from and the data have been found and fit.
 
     Args:
         recipe: what to train and how.
-        run: the folder; created where it is missing.
+        run: the folder; created where it is missing. One without a checkpoint is taken over.
         images: the data, where the caller has loaded them already.
+        threads: of torch, on the CPU; None tries out whether one is faster than all, as beside other work
+            it often is. Sums are rounded in another order on another number of threads, so that a seed
+            repeats a training to the last digit only on as many.
 
     Raises:
-        RunError: where the folder holds a run of another recipe, or ``init`` one of another model.
+        RunError: where the folder holds a run of another recipe, or ``init`` one of another model, or a
+            checkpoint is damaged.
         FloatingPointError: where the loss stops being finite.
     """
     run = Path(run)
-    _claim(run, recipe)
+    resuming = _may_use(run, recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     set_seed(recipe.seed)
-    images = images or load_data(recipe)
     model = recipes.build(recipe)
-    if recipe.init is not None:
-        _start_from(model, Path(recipe.init))
+    if recipe.init is not None and not resuming:
+        _load_weights(model, Path(recipe.init))
+    images = images or load_data(recipe)
     train_set = images.train
     if recipe.data.train_images is not None:
         train_set = train_set[: recipe.data.train_images]
@@ -116,14 +136,18 @@ def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | No
     optimizer = _optimizer(recipe, model)
     schedule = _schedule(recipe, optimizer, len(loader) * recipe.epochs)
     progress = Progress()
+    _claim(run, recipe)
+    trial = copy.deepcopy(model)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
     accelerator.register_for_checkpointing(schedule, progress)
     if (run / "checkpoint").exists():
-        accelerator.load_state(str(run / "checkpoint"))
+        _load_checkpoint(accelerator, run / "checkpoint")
     steps_done = progress.epoch * len(loader) + progress.step
     metrics = _records_until(run / "metrics.jsonl", "epoch", progress.epoch)
     losses = _records_until(run / "losses.jsonl", "step", steps_done)
+    if progress.epoch >= recipe.epochs:
+        return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished=True, steps=0)
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=steps_done + 1)
 
     def log_loss(loss: float) -> None:
@@ -137,7 +161,8 @@ def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | No
         batches(images.test, 1000, shuffle=False, normalize=normalize)
     )  # one epoch's order is any other's
 
-    with _interruptions() as interrupted:
+    first_batch = next(iter(batches(train_set, recipe.batch_size, shuffle=False, normalize=normalize)))
+    with _threads(threads, accelerator, trial, first_batch) as taken, _interruptions() as interrupted:
         while progress.epoch < recipe.epochs:
             began = time.monotonic()
             _train_epoch(
@@ -154,6 +179,7 @@ def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | No
                 "test_accuracy": accuracy(model, evaluation, accelerator),
                 "lr": float(schedule.get_last_lr()[0]),
                 "seconds": time.monotonic() - began,
+                "threads": taken,
             }
             metrics.append(record)
             if accelerator.is_main_process:
@@ -169,22 +195,34 @@ def train(recipe: Recipe, run: str | os.PathLike[str], *, images: ImageData | No
             _save(accelerator, run)
     writer.close()
     finished = progress.epoch >= recipe.epochs
-    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished)
+    steps = progress.epoch * len(loader) + progress.step - steps_done
+    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished, steps)
 
 
 def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
     """The network of a run folder with its newest weights, in evaluation mode, and its recipe.
 
     Raises:
-        RunError: where the folder holds no run, or one without a checkpoint yet.
+        RunError: where the folder holds no run, or one without a checkpoint yet, or a damaged one.
+    """
+    recipe = recipe_of(run)
+    model = recipes.build(recipe)
+    _load_weights(model, Path(run))
+    return model.eval(), recipe
+
+
+def recipe_of(run: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        RunError: where there is none.
     """
     run = Path(run)
+    if not run.is_dir():
+        raise RunError(f"there is no folder {run}")
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run} is not a run folder: it has no config.yaml; make one with `foldbit train`")
-    recipe = recipes.load(run / "config.yaml")
-    model = recipes.build(recipe)
-    model.load_state_dict(_weights(run))
-    return model.eval(), recipe
+    return recipes.load(run / "config.yaml")
 
 
 def load_data(recipe: Recipe, folder: str | os.PathLike[str] | None = None) -> ImageData:
@@ -208,6 +246,52 @@ def calibrate(
     chosen = images.train[: min(count, recipe.data.train_images or count)]
     loader = batches(chosen, 256, shuffle=False, normalize=(images.mean, images.std))
     return calibrate_(model, loader)
+
+
+def images_for(
+    what: str | os.PathLike[str],
+    recipe: Recipe | None,
+    name: datasets.Name | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> ImageData:
+    """The images to evaluate a network on: those named, or those of the run that it belongs to.
+
+    Args:
+        what: a run folder, or a packed file, which may lie in one.
+        recipe: the run folder's.
+        name: of the data set.
+        folder: where its files are.
+
+    Raises:
+        RunError: where no data set is named, and the packed file lies in no run folder.
+    """
+    if recipe is None and (Path(what).parent / "config.yaml").is_file():
+        recipe = recipe_of(Path(what).parent)
+    if recipe is not None and name in (None, recipe.data.name):
+        return load_data(recipe, folder)
+    if name is None:
+        raise RunError(
+            f"{what} does not say what it was trained on, and lies in no run folder; name the data set: "
+            f"--dataset {' or '.join(get_args(datasets.Name))}"
+        )
+    return datasets.load(name, folder)
+
+
+@torch.no_grad()
+def accuracy_on(
+    model: nn.Module, images: ImageData, split: Literal["test", "train"] = "test", threads: int | None = None
+) -> float:
+    """The share of a data set's images that the model classifies right.
+
+    Args:
+        threads: of torch, on the CPU; None tries out whether one is faster than all.
+    """
+    normalize = (images.mean, images.std)
+    some, _ = next(iter(batches(images[split], 64, shuffle=False, normalize=normalize)))
+    model.eval()
+    with timing.threads(threads, lambda: model(some)):
+        right = predictions(model, images[split], normalize) == images[split].labels
+    return right.double().mean().item()
 
 
 @torch.no_grad()
@@ -317,35 +401,95 @@ def _interruptions() -> Iterator[list[int]]:
             signal.signal(caught_signal, handler)
 
 
-def _claim(run: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or refuse one that is another's."""
+def _may_use(run: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a checkpoint of this recipe, to go on from; refuses a folder of others."""
     config = run / "config.yaml"
+    if not config.exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise RunError(f"{run} exists, is not an empty folder and holds no run; pick another folder")
+        return False
+    before = recipes.load(config)  # a file of that name that is no recipe is refused: it is another's
+    if not any((run / name).exists() for name in ("checkpoint", "checkpoint.old")):
+        return False
+    if before != recipe:
+        raise RunError(
+            f"{run} holds a run of another recipe: {', '.join(_differences(before, recipe))}; "
+            "pick another folder, or delete it"
+        )
+    return True
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's."""
     if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
         (run / "checkpoint.old").rename(run / "checkpoint")  # killed between the two renames of _save
-    if config.exists():
-        if recipes.load(config) != recipe:
-            raise RunError(
-                f"{run} holds a run of another recipe (see {config}); pick another folder, or delete it"
-            )
-        return
-    if run.exists() and any(run.iterdir()):
-        raise RunError(f"{run} exists, is not empty and holds no run; pick another folder")
     run.mkdir(parents=True, exist_ok=True)
-    recipes.save(recipe, config)
+    recipes.save(recipe, run / "config.yaml")
 
 
-def _start_from(model: nn.Module, run: Path) -> None:
-    try:
-        model.load_state_dict(_weights(run))
-    except RuntimeError as error:
-        raise RunError(f"the weights of {run} do not fit this model: {error}") from error
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Which fields differ, ``lr 0.01 -> 0.02``, down into records."""
+    if dataclasses.is_dataclass(before) and type(before) is type(now):
+        for field in dataclasses.fields(before):
+            inner = f"{name}.{field.name}" if name else field.name
+            yield from _differences(getattr(before, field.name), getattr(now, field.name), inner)
+    elif before != now:
+        yield f"{name} {_in_short(before)} -> {_in_short(now)}"
 
 
-def _weights(run: Path) -> dict[str, Tensor]:
+def _in_short(value: Any) -> str:
+    return value.name if isinstance(value, QuantConfig) else str(value)
+
+
+@contextmanager
+def _threads(
+    asked: int | None, accelerator: Accelerator, trial: nn.Module, batch: tuple[Tensor, Tensor]
+) -> Iterator[int]:
+    """Train on as many threads as are asked for, or pay just now, by a copy of the model and some images."""
+    if accelerator.device.type != "cpu":
+        yield torch.get_num_threads()
+        return
+    x, labels = batch
+
+    def step() -> None:
+        with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
+            F.cross_entropy(trial(x), labels).backward()
+
+    with timing.threads(asked, step, accelerator.print) as taken:
+        yield taken
+
+
+def _load_weights(model: nn.Module, run: Path) -> None:
+    """The newest weights of a run."""
     path = run / "checkpoint" / "model.safetensors"
+    if not run.is_dir():
+        raise RunError(f"there is no folder {run} to take weights from")
     if not path.is_file():
         raise RunError(f"{run} has no checkpoint yet ({path.name} is missing in it); train it first")
-    return load_file(path)
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged ({error}); train that run again, from another folder") from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"the weights of {run} do not fit this model: {_line(error)}") from error
+
+
+def _load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+    damage = (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError)
+    try:
+        accelerator.load_state(str(path))
+    except damage as error:
+        raise RunError(
+            f"the checkpoint {path} is damaged ({_line(error)}); delete it to train from the beginning"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    """An error's first words, on a line: torch lists every tensor that does not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) + (" ..." if len(lines) > 2 else "") if lines else type(error).__name__
 
 
 def _save(accelerator: Accelerator, run: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from foldbit import convert, models
+from foldbit import convert, models, options
 from foldbit.core.config import QuantConfig
 
 
@@ -55,7 +55,8 @@ class Recipe:
         weight_decay: L2 penalty, as the optimizer applies it.
         schedule: one-cycle (up, then down by cosine), linear (down to a thousandth) or constant.
         precision: no trains in float32, bf16 in mixed precision.
-        seed: of initial weights and of the order of the images.
+        seed: of initial weights and of the order of the images. It repeats a training to the last digit on as
+            many threads: on another number of them sums are rounded in another order.
     """
 
     model: str = "resnet8-xnor"
@@ -117,8 +118,9 @@ def load(*paths: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
         given = parser.parse_args([*(f"--config={path}" for path in paths), *overrides])
         del given["config"]
         return Recipe(**vars(parser.instantiate(given)))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(f"not a recipe: {', '.join(map(str, paths))}: {error}") from error
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        why = options.explain(str(error), options.fields_of(Recipe))
+        raise ValueError(f"not a recipe: {', '.join(map(str, paths))}: {why}") from error
 
 
 def build(recipe: Recipe) -> nn.Module:
