@@ -465,7 +465,7 @@ ONES = torch.ones(2, 3)
         (lambda: fb.low_rank(ONES, "fp", "row"), ValueError, "'fp' leaves a tensor float"),
         (lambda: fb.low_rank(ONES, "fp"), ValueError, "for ls-1, ls-2 and gf-k; got scheme 'fp'"),
         (lambda: fb.low_rank(ONES, "ls-T", 1), ValueError, "got scheme 'ls-T', which can share"),
-        (lambda: fb.low_rank(ONES, "ls-1", 0), ValueError, "rank 0 does not fit .* 2×3: pick 1 to 2"),
+        (lambda: fb.low_rank(ONES, "ls-1", 0), ValueError, "rank 0 does not fit .* 2×3: it is at least 1"),
         (lambda: fb.low_rank(ONES, "ls-1", 3), ValueError, "rank 3 does not fit a matrix of 2×3"),
         (lambda: fb.low_rank(torch.ones(0, 3), "ls-1", 1), ValueError, "rank 1 does not fit a matrix of 0×3"),
         (lambda: fb.low_rank(torch.ones(2, 0), "ls-1", "row"), ValueError, "nothing to solve for"),

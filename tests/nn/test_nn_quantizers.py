@@ -121,7 +121,7 @@ def test_a_rank_must_fit_the_matrix():
     config = fb.QuantConfig(granularity="rank", rank=4)
     quantizer = WeightQuantizer(config, 1)
     quantizer.check_fits(torch.empty(4, 1, 2, 2))
-    with pytest.raises(ValueError, match="rank 4 does not fit a matrix of 8×3: pick 1 to 3"):
+    with pytest.raises(ValueError, match=r"rank 4 does not fit a matrix of 8×3: .* at most the smaller side"):
         quantizer.check_fits(torch.empty(8, 1, 3))
     WeightQuantizer(fb.QuantConfig("fp", granularity="rank", rank=4), 1).check_fits(torch.empty(2, 1))
 

@@ -187,8 +187,8 @@ def check_fits(rank: int, rows: int, cols: int) -> None:
     """
     if not 1 <= rank <= min(rows, cols):
         raise ValueError(
-            f"rank {rank} does not fit a matrix of {rows}×{cols}: pick 1 to {min(rows, cols)}, "
-            "and far less to save anything"
+            f"rank {rank} does not fit a matrix of {rows}×{cols}: it is at least 1, at most the smaller "
+            "side, and far less to save anything"
         )
 
 
