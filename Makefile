@@ -11,14 +11,14 @@ CONSTRAINTS ?= -c constraints.txt
 CODE   := src tests benchmarks examples
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test wheel clean setup data
+.PHONY: demo test wheel clean setup data browser
 
 demo: setup data
 	@echo "== running the demo (four to five minutes on two quiet cores, seven on one)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 
-test: setup data
+test: setup data browser
 	@echo "== ruff, mypy"
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -54,4 +54,16 @@ data: .make/data
 	  { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; } >/dev/null \
 	    || echo "== data: apt could not install it; the demo will try a download"; \
 	else echo "== data: no apt here, or not root; the demo will try a download"; fi
+	@mkdir -p .make && touch $@
+
+# One test opens a page in Chromium; where there is none, it is skipped, and says so.
+browser: .make/browser
+
+.make/browser:
+	@if command -v chromium >/dev/null; then echo "== browser: Chromium is there"; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "== browser: installing Debian's chromium, for a test"; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
+	    || echo "== browser: apt could not install it; the test that opens a page will be skipped"; \
+	else echo "== browser: no apt here, or not root; the test that opens a page will be skipped"; fi
 	@mkdir -p .make && touch $@

@@ -209,15 +209,19 @@ def _layer_by_layer(layers: Sequence[Layer], what: str, name: str) -> list[Part]
         )
         for figure in pictures.layers(f"Layer by layer, {what}: {name}", rows)
     ]
-    if {"gf-2", "ls-2"} <= set(rows[0].fits):
+    for bits in range(2, schemes.MAX_PLANES + 1):
+        greedy, best = f"gf-{bits}", f"ls-{bits}"
+        if not {greedy, best} <= set(rows[0].fits):
+            continue
+        optimum = "the optimum" if bits == 2 else "the best that is found"
         parts += [
             report.Picture(
                 figure,
-                "The blue line at 0 is the optimum for two bits. A bar says how much more squared error the "
+                f"The line at 0 is {optimum} for {bits} bits. A bar says how much more squared error the "
                 "greedy scales leave, which spend the same bits and the same operations.",
             )
             for figure in pictures.excess(
-                f"What greedy scales lose on top of the optimum, {what}: {name}", rows, "gf-2", "ls-2"
+                f"What greedy scales lose on top of {optimum}, {what}: {name}", rows, greedy, best
             )
         ]
     chosen = _spread(layers, 6)

@@ -17,16 +17,27 @@ from foldbit.core import schemes
 #: The most layers that a picture holds; longer lists are split.
 MOST_LAYERS = 90
 
-# Okabe and Ito's colours, which differ for colour-blind readers; markers differ besides.
+# Colours that differ for colour-blind readers, too (Okabe and Ito's, then Tol's); markers differ besides.
 _LOOKS = {
     "ls-1": ("#d55e00", "s"),
     "ls-T": ("#009e73", "^"),
     "gf-2": ("#cc79a7", "D"),
     "ls-2": ("#0072b2", "o"),
+    "alt-2": ("#e69f00", "v"),
+    "rg-2": ("#7f7f7f", "X"),
+    "gf-3": ("#aa4499", "d"),
+    "ls-3": ("#56b4e9", "h"),
+    "lsf-3": ("#44aa99", "p"),
+    "alt-3": ("#b8860b", "<"),
+    "rg-3": ("#444444", "*"),
+    "gf-4": ("#882255", "8"),
+    "ls-4": ("#332288", "H"),
+    "lsf-4": ("#117733", "P"),
+    "alt-4": ("#7a5c00", ">"),
 }
 _MORE_LOOKS = [
-    *[("#e69f00", "v"), ("#56b4e9", "P"), ("#000000", "X"), ("#8c6d1f", "<")],
-    *[("#7f7f7f", ">"), ("#5e3c99", "p"), ("#1b7837", "h"), ("#b2182b", "*")],
+    *[("#999933", "v"), ("#000000", "X"), ("#661100", "<"), ("#6699cc", ">")],
+    *[("#cc6677", "*"), ("#3f3fff", "8"), ("#88ccee", "P"), ("#ddcc77", "p")],
 ]
 _FAMILIES = {
     "ls": "least squares",
@@ -75,6 +86,8 @@ def levels(title: str, histogram: Histogram, fits: Mapping[str, Fit]) -> Figure:
                 upper.axvspan(low, high, ymax=0.8, color=colour, alpha=0.18, linewidth=0)
             upper.plot([middle, middle], [0, 0.8 * top], color=colour, linewidth=2.5)
         words, _, _ = plain_name(name).rpartition(" (")
+        if len(words) > 24:
+            words = words.replace(", ", ",\n", 1)
         upper.set_title(f"{name}: {words}", fontsize=11, color=colour, fontweight="bold")
         lower.stairs(histogram.lost[name], _edges(histogram), fill=True, color=colour, alpha=0.75)
         lower.set_ylim(0, most)
@@ -188,9 +201,9 @@ def pareto(title: str, points: Sequence[Point]) -> Figure:
             axes.annotate(
                 "2 bits, least squares",
                 (getattr(best[0], what), best[0].error),
-                xytext=(0, -20),
+                xytext=(0, -20) if place > 0.65 else (12, 4),
                 textcoords="offset points",
-                ha="left" if place < 0.25 else "right" if place > 0.75 else "center",
+                ha="right" if place > 0.65 else "left",
                 fontsize=10,
                 fontweight="bold",
                 color=_look("ls-2")[0],
