@@ -11,6 +11,7 @@ from foldbit.convert import pack_ as pack_
 from foldbit.convert import quantize_ as quantize_
 from foldbit.convert import save_packed as save_packed
 from foldbit.core.config import QuantConfig as QuantConfig
+from foldbit.core.encoding import encode as encode
 from foldbit.core.folding import Quantized as Quantized
 from foldbit.core.folding import fold as fold
 from foldbit.core.folding import quantize as quantize

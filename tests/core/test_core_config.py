@@ -25,6 +25,9 @@ def test_the_default_is_one_bit_of_weight_and_two_of_activation():
         ("gf-4", "fp", "W4A32"),
         ("fp", "ls-T", "W32AT"),
         ("gf-8", "gf-1", "W8A1"),
+        ("ls-3", "ls-2", "W3A2"),
+        ("alt-4", "lsf-3", "W4A3"),
+        ("lsf-4", "lsf-4", "W4A4"),
     ],
 )
 def test_names_count_bits(weight, activation, name):
@@ -67,7 +70,9 @@ def test_missing_fields_take_their_defaults_and_unknown_ones_are_refused():
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"weight": "ls-3"}, ValueError, "unknown scheme 'ls-3'"),
+        ({"weight": "ls-5"}, ValueError, "unknown scheme 'ls-5'"),
+        ({"activation": "ls-3"}, ValueError, "'ls-3' is not foldable: .* use it for weights, and for activ"),
+        ({"activation": "rg-2"}, ValueError, "'rg-2' is not foldable"),
         ({"activation": "2"}, ValueError, "unknown scheme '2'"),
         ({"weight": 1}, TypeError, "weight is a name; got 1"),
         ({"activation": schemes.parse("ls-2")}, TypeError, "activation is a name; got Scheme"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import foldbit as fb
-from foldbit.core import solvers
+from foldbit.core import schemes, solvers
 from foldbit.kernels import native
 from foldbit.nn import estimators
 
-SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-1", "gf-3"]
+SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-1", "gf-3", "alt-2"]
 
 
 class Everything(torch.nn.Module):
@@ -18,7 +18,8 @@ class Everything(torch.nn.Module):
         results = []
         for scheme in SCHEMES:
             scales = fb.solve(x, scheme, (1, -1))
-            planes = fb.fold(x, scales, (1, -1))
+            turn = fb.fold if schemes.parse(scheme).foldable else fb.encode
+            planes = turn(x, scales, (1, -1))
             results += [scales, planes, fb.unfold(planes, scales, (1, -1))]
             results.append(fb.quantize(x, scheme).values())
         q = fb.quantize(x, "ls-2", dim=None)
@@ -58,6 +59,26 @@ def test_export_of_any_batch_size():
     exported = torch.export.export(Everything(), (data(4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for n in [4, 1, 6]:
         check(exported.module()(data(n)), data(n))
+
+
+def small(n):
+    return data(n)[:, :1, :, :3]
+
+
+class Searches(torch.nn.Module):
+    def forward(self, x):
+        return [fb.quantize(x, scheme, (1, 2, 3)).values() for scheme in ["ls-3", "lsf-3", "alt-4", "rg-4"]]
+
+
+def test_searches_for_three_and_four_bits_are_operators_and_serve_any_batch_size():
+    expected = Searches()(small(2))
+    torch.compiler.reset()
+    compiled = torch.compile(Searches(), backend="aot_eager", fullgraph=True)(small(2))
+    exported = torch.export.export(Searches(), (small(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for got in (compiled, exported.module()(small(2))):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert any("solve_multibit" in target for target in targets(exported))
 
 
 def targets(exported):

@@ -21,7 +21,7 @@ class QuantConfig:
 
     Attributes:
         weight: scheme of the weight; ``fp`` leaves it float.
-        activation: scheme of the layer's input; ``fp`` leaves it float.
+        activation: scheme of the layer's input, a foldable one; ``fp`` leaves it float.
         granularity: which weights share scales: the whole ``tensor``, an output ``channel``, a ``group`` of
             ``group_size`` consecutive input channels of an output channel, or an ``input`` channel; or
             none, and the scales form a matrix of that ``rank`` (:mod:`foldbit.core.low_rank`). ``input``
@@ -59,7 +59,12 @@ class QuantConfig:
             if not isinstance(getattr(self, field), str):
                 raise TypeError(f"{field} is a name; got {getattr(self, field)!r}")
         schemes.parse(self.weight)
-        schemes.parse(self.activation)
+        if not schemes.parse(self.activation).foldable:
+            raise ValueError(
+                f"activation scheme {self.activation!r} is not foldable: its planes are those of the nearest "
+                "level, and kernels peel planes off activations as they come; use it for weights, and for "
+                "activations a foldable scheme, such as ls-2, lsf-3 or gf-3"
+            )
         _check_choice("granularity", self.granularity, get_args(WeightGranularity))
         _check_choice("activation_scales", self.activation_scales, get_args(ActivationScales))
         _check_choice("activation_granularity", self.activation_granularity, get_args(ActivationGranularity))

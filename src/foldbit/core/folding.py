@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldbit.core import axes, solvers
+from foldbit.core import axes, encoding, schemes, solvers
 from foldbit.core.schemes import Scheme
 
 
@@ -117,7 +117,8 @@ class Quantized(NamedTuple):
 def quantize(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Quantized:
     """Solve for the scales of x and fold it: scales and planes together.
 
-    Arguments, errors and cost are those of :func:`foldbit.solve`.
+    Where the scheme is not foldable, x is encoded instead (:func:`foldbit.encode`). Arguments, errors and
+    cost are those of :func:`foldbit.solve`.
 
     Example:
         >>> import torch, foldbit as fb
@@ -128,9 +129,11 @@ def quantize(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Quantized:
         >>> q.error(x)
         tensor(0.0054, dtype=torch.float64)
     """
+    scheme = schemes.parse(scheme)
     scales = solvers.solve(x, scheme, dim)
     dims = axes.normalize(x.ndim, dim)
-    return Quantized(scales, fold(x, scales, dims), dims)
+    planes = fold(x, scales, dims) if scheme.foldable else encoding.encode(x, scales, dims)
+    return Quantized(scales, planes, dims)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

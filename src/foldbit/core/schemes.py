@@ -2,15 +2,24 @@
 
 A scheme says how a tensor becomes a sum of scaled sign planes, x ≈ v1·s1 + … + vk·sk:
 
-========  ======  ==========================================================================
-name      planes  scales
-========  ======  ==========================================================================
-``fp``    0       none: the tensor stays float
-``ls-1``  1       least squares, 1 bit: v = mean|x|
-``ls-2``  2       least squares, 2 bits: the global optimum over all v1 ≥ v2 ≥ 0
-``ls-T``  2       least squares, ternary: v1 = v2, values −2v, 0, 2v
-``gf-k``  k       greedy, k = 1…8 bits: each plane fits what the earlier ones left
-========  ======  ==========================================================================
+=========  ======  ========  ===============================================================================
+name       planes  foldable  scales
+=========  ======  ========  ===============================================================================
+``fp``     0       yes       none: the tensor stays float
+``ls-1``   1       yes       least squares, 1 bit: v = mean|x|
+``ls-2``   2       yes       least squares, 2 bits: the global optimum over all v1 ≥ v2 ≥ 0
+``ls-T``   2       yes       least squares, ternary: v1 = v2, values −2v, 0, 2v
+``gf-k``   k       yes       greedy, k = 1…8 bits: each plane fits what the earlier ones left
+``ls-k``   k       no        least squares, k = 3 or 4 bits, over all signs; the best a search finds
+``lsf-k``  k       yes       least squares, k = 3 or 4 bits, over peeled signs; the best a search finds
+``alt-k``  k       no        alternating, k = 2…4 bits (Xu et al. 2018): a baseline
+``rg-k``   k       no        refined greedy, k = 2…4 bits (Guo et al. 2017): a baseline
+=========  ======  ========  ===============================================================================
+
+The planes of a foldable scheme are peeled: each is the sign of what the earlier ones left
+(:func:`foldbit.fold`). Those of the others are the code of the nearest of all 2^k levels ±v1 ± … ± vk
+(:func:`foldbit.encode`); they are for weights only, which are encoded once, whereas the kernels peel
+activations as they come.
 """
 
 from __future__ import annotations
@@ -25,10 +34,12 @@ class Scheme:
     Attributes:
         name: its spelling, as in the table above.
         planes: sign planes, hence bits, per value; 0 for ``fp``.
+        foldable: whether its planes are peeled; else they are those of the nearest level.
     """
 
     name: str
     planes: int
+    foldable: bool = True
 
     @property
     def is_float(self) -> bool:
@@ -50,6 +61,9 @@ _SCHEMES = {
         Scheme("ls-2", 2),
         Scheme("ls-T", 2),
         *(Scheme(f"gf-{k}", k) for k in range(1, MAX_PLANES + 1)),
+        *(Scheme(f"ls-{k}", k, foldable=False) for k in (3, 4)),
+        *(Scheme(f"lsf-{k}", k) for k in (3, 4)),
+        *(Scheme(f"{kind}-{k}", k, foldable=False) for kind in ("alt", "rg") for k in (2, 3, 4)),
     )
 }
 

@@ -4,7 +4,7 @@
 shares scales. With 1 bit the optimum is the mean magnitude. With 2 bits the approximation has two
 magnitudes, v1 − v2 and v1 + v2, so the optimum is one-dimensional 2-means on |x|; it splits sorted
 magnitudes at one place, and every place can be tried after one sort and one cumulative sum. Ternary is
-the same search for the tail alone.
+the same search for the tail alone. Three bits and more have no such order (:mod:`foldbit.core.multibit`).
 
 Source: Pouransari, Tu, Tuzel, "Least squares binary quantization of neural networks", arXiv 2001.02786,
 sections 3 and 4, whose optimality condition v1 = ½(E[|x| : |x| > v1] + E[|x| : |x| ≤ v1]) every optimum
@@ -19,7 +19,7 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from foldbit.core import axes, fused, histograms, schemes
+from foldbit.core import axes, fused, histograms, multibit, schemes
 from foldbit.core.schemes import Scheme
 
 Method = Literal["auto", "native", "sort", "histogram"]
@@ -64,12 +64,13 @@ def solve(
     """Solve for the scales of x.
 
     ``ls-1``, ``ls-2`` and ``ls-T`` reach the global optimum up to the rounding of the scales to
-    x's dtype, for any shape, memory format,
-    ties, zeros, constants and outliers; ``gf-k`` is greedy and does not.
+    x's dtype, for any shape, memory format, ties, zeros, constants and outliers. ``ls-k`` and ``lsf-k`` of
+    3 and 4 bits are the best that a search finds: ``ls-k`` never worse than another scheme of as many bits,
+    ``lsf-k`` never worse than greedy. ``gf-k``, ``rg-k`` and ``alt-k`` are baselines.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any shape ``[..., n]``.
-        scheme: ``ls-1``, ``ls-2``, ``ls-T`` or ``gf-k``.
+        scheme: any but ``fp`` (:mod:`foldbit.core.schemes`).
         dim: the dim or dims whose elements share scales; None for all.
         method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` or by ``histogram`` in
             torch, or ``auto``, which takes the native core where it can read the tensor and elsewhere
@@ -88,12 +89,14 @@ def solve(
     Raises:
         TypeError: for integer, boolean or complex input.
         ValueError: for an unknown scheme, ``fp``, rows without elements, or a clamp that is not positive; for
-            a method that cannot serve the scheme or the tensor, and for the certificate of a scheme that promises none.
+            a method that cannot serve the scheme or the tensor, and for the certificate of a scheme that
+            promises none.
 
     Cost: on the CPU, torch.compile included, all run in the native core, in linear time and memory below
     1 MB a thread; ``ls-1`` takes one pass and ``gf-k`` takes k. On other devices and under torch.export, for
     ``ls-2`` and ``ls-T`` rows of 8192 elements or more go through histograms: linear time, ten times the
     memory of a float32 input; shorter rows are sorted: O(n log n), about seven times the input's memory.
+    The schemes of :mod:`foldbit.core.multibit` sort, and ``ls-k`` and ``lsf-k`` then take milliseconds a row.
 
     Example:
         >>> import torch, foldbit as fb
@@ -103,7 +106,7 @@ def solve(
     scheme = schemes.parse(scheme)
     axes.check_float(x)
     if scheme.is_float:
-        raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick ls-1, ls-2, ls-T or gf-k")
+        raise ValueError("scheme 'fp' leaves a tensor float and has no scales; pick another, such as ls-2")
     dims = axes.normalize(x.ndim, dim)
     rows = axes.as_rows(x.detach(), dims)
     if clamp is not None and not clamp > 0:
@@ -127,6 +130,8 @@ def _solve_rows(
     searched = scheme.name in ("ls-2", "ls-T")
     if method != "auto" and not searched:
         raise ValueError(f"method {method!r} searches for ls-2 and ls-T; {scheme} has method 'auto' only")
+    if scheme.name in multibit.SCHEMES:
+        return multibit.solve_rows(rows if clamp is None else rows.clamp(-clamp, clamp), scheme), None
     if method == "native" or (method == "auto" and _runs_native(rows)):
         scales, excess = fused.solve_rows(rows, scheme.name, clamp)
         return scales, excess if searched or scheme.planes == 1 else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldbit.core import axes, folding, low_rank, schemes, solvers
+from foldbit.core import axes, encoding, folding, low_rank, schemes, solvers
 from foldbit.core.config import QuantConfig
 from foldbit.nn import estimators
 
@@ -22,7 +22,8 @@ class WeightQuantizer:
         groups: of the convolution: each has input channels of its own.
 
     Raises:
-        ValueError: where the group size does not divide the channels, or the estimator is unknown.
+        ValueError: where the group size does not divide the channels, the estimator is unknown, or it peels
+            and the scheme is not foldable.
     """
 
     def __init__(self, config: QuantConfig, channels: int, groups: int = 1) -> None:
@@ -30,6 +31,12 @@ class WeightQuantizer:
         self.groups = groups
         self.scheme = schemes.parse(config.weight)
         self.estimator = estimators.get(config.weight_estimator)
+        if config.weight_estimator == "polynomial" and not self.scheme.foldable:
+            raise ValueError(
+                f"weight_estimator 'polynomial' follows the residuals that peeling leaves, and scheme "
+                f"{str(self.scheme)!r} is not foldable: its planes are not peeled; use 'identity', 'clipped' "
+                "or 'scaled', or a foldable scheme, such as lsf-3"
+            )
         self.segments = 1
         if config.group_size is not None:
             if channels % config.group_size:
@@ -58,6 +65,10 @@ class WeightQuantizer:
             return estimators.straight_through(matrix, scales, self.estimator).reshape(weight.shape)
         segmented, dims = self._segmented(weight)
         scales = solvers.solve(segmented, self.scheme, dims)
+        if not self.scheme.foldable:
+            spread = axes.spread(scales, segmented.shape, dims)
+            nearest: Tensor = _Nearest.apply(segmented, spread, self.estimator)
+            return nearest.reshape(weight.shape)
         estimator = self.config.weight_estimator
         return estimators.approximate(segmented, scales, dims, estimator).reshape(weight.shape)
 
@@ -86,6 +97,21 @@ class WeightQuantizer:
         segmented = weight.unflatten(1, (self.segments, -1))
         first = 0 if self.config.granularity == "tensor" else 2
         return segmented, tuple(range(first, segmented.ndim))
+
+
+class _Nearest(torch.autograd.Function):
+    """The nearest level forward, the estimator's window backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spread: Tensor, estimator: estimators.Estimator) -> Tensor:
+        ctx.save_for_backward(x, spread)
+        ctx.estimator = estimator
+        return encoding.nearest(x, spread)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, spread = ctx.saved_tensors
+        return grad * ctx.estimator(x, spread, None), None, None
 
 
 class ActivationQuantizer(nn.Module):
