@@ -17,6 +17,7 @@ from foldbit.core.config import QuantConfig
 from foldbit.nn import layers
 from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from foldbit.packed import files, fusion
+from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.layers import PackedLayer, empty
 from foldbit.packed.spec import LayerSpec
 
@@ -277,7 +278,7 @@ def _finish(model: Model, fuse: bool) -> Model:
     report.fusion = fusion.fuse_(model) if fuse else None
     setattr(model, _REPORT, report)
     for module in model.modules():
-        if type(module) is nn.Conv2d:  # the order that packed layers write
+        if isinstance(module, nn.Conv2d):  # the order that packed layers write
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model
 
@@ -287,7 +288,7 @@ def _plan(
 ) -> dict[nn.Module, LayerSpec]:
     """Which of the model's layers become packed ones, after checking that the whole file fits the model."""
     modules = {  # the file has every name of a layer
-        name: m.original if isinstance(m, fusion.Absorbed) else m
+        name: m.original if isinstance(m, Absorbed | FoldedConv2d) else m
         for name, m in model.named_modules(remove_duplicate=False)
     }
     plan = {}

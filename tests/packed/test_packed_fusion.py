@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import foldbit as fb
-from foldbit.packed.fusion import Absorbed, unfuse_
+from foldbit import convert
+from foldbit.packed.absorbed import Absorbed, FoldedConv2d
+from foldbit.packed.fusion import unfuse_
 from foldbit.packed.layers import PackedLayer
 
 STATIC = fb.QuantConfig(activation_scales="static", clamp=2.0)
@@ -97,7 +99,10 @@ def test_xnor_blocks_fuse_whole(nonlinearity):
     close = (fused(x) - y).abs().amax(1) <= 1e-4 * y.abs().max()
     assert close.float().mean() >= 0.9
     report = fb.conversion_report(fused).fusion
-    assert all(len(names) == 2 for names in report.fused.values()) and len(report.fused) == 6
+    packed = [name for name, m in fused.named_modules() if isinstance(m, PackedLayer)]
+    assert all(len(report.fused[name]) == 2 for name in packed) and len(packed) == 6
+    folded = [name for name, m in fused.named_modules() if isinstance(m, FoldedConv2d)]
+    assert folded == ["stem.0", "stages.1.0.shortcut.0", "stages.2.0.shortcut.0"]
     assert "stages.0.0.conv1: does BatchNorm2d stages.0.0.bn1, " in str(fb.conversion_report(fused))
 
 
@@ -211,7 +216,7 @@ def test_state_files_copies_and_unfusing(tmp_path):
 
 def test_an_absorbed_batch_norm_does_not_learn_silently():
     _, fused, x = both(nn.Sequential(nn.BatchNorm2d(5), conv(5, 7)), (4, 5, 6, 6))
-    with pytest.raises(RuntimeError, match="this BatchNorm2d is part of a packed layer"):
+    with pytest.raises(RuntimeError, match="this BatchNorm2d is part of the layer next to it"):
         fused.train()(x)
 
 
@@ -237,3 +242,37 @@ def test_export_and_compile_see_fused_layers():
     for images in (x, torch.randn(2, 5, 6, 6)):
         assert torch.equal(exported(images), fused(images))
         assert torch.equal(compiled(images), fused(images))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_float_convolutions_take_the_batch_norm_behind_them(bias, tmp_path):
+    torch.manual_seed(0)
+    layers = [
+        conv(5, 8, bias=bias),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 3, 1),
+        nn.Conv2d(3, 6, 1),
+        nn.BatchNorm2d(6),
+    ]
+    model, x = nn.Sequential(*layers), torch.randn(4, 5, 6, 6)
+    settled(fb.quantize_(model, STATIC, skip=("0", "3")), x)
+    plain, fused = fb.pack_(copy.deepcopy(model), fuse=False), fb.pack_(copy.deepcopy(model))
+    y = fused(x)
+    torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
+    assert [type(m) for m in fused][:2] == [FoldedConv2d, Absorbed] and type(fused[3]) is FoldedConv2d
+    assert fb.conversion_report(fused).fusion.fused["0"] == ["BatchNorm2d 1"]
+    state = plain.state_dict()
+    assert state.keys() == fused.state_dict().keys()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        other.load_state_dict({key: torch.zeros_like(t) for key, t in state.items()})
+        assert not other[0](x).any()
+        other.load_state_dict(state)
+        assert torch.equal(other(x), y)
+        assert torch.equal(other.double()(x.double()).float(), fused.double()(x.double()).float())
+        fused.float()
+    assert convert.packed_size(fused) == convert.packed_size(plain)
+    fb.save_packed(fused, tmp_path / "model.safetensors")
+    assert torch.equal(fb.load_packed(tmp_path / "model.safetensors", model)(x), y)
+    unfuse_(fused)
+    assert torch.equal(fused(x), plain(x)) and type(fused[0]) is nn.Conv2d

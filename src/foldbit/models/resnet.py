@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from foldbit.models.registry import register
-from foldbit.packed.fusion import Absorbed
+from foldbit.packed.absorbed import Absorbed
 
 Nonlinearity = Literal["relu", "prelu", "none"]
 Block = Literal["regular", "xnor"]

@@ -17,9 +17,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from foldbit.packed import thresholds
+from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.layers import Neighbours, PackedConv2d, PackedLayer
 
 #: Element by element or channel by channel, and monotone: thresholds can hold them.
@@ -44,51 +45,10 @@ class FusionReport:
         return "\n".join(lines)
 
 
-class Absorbed(nn.Module):
-    """A module whose work a packed layer does: keeps its parameters and their names, passes its input on."""
-
-    def __init__(self, original: nn.Module, layer: PackedLayer) -> None:
-        super().__init__()
-        self._parameters = original._parameters
-        self._buffers = original._buffers
-        self._non_persistent_buffers_set = original._non_persistent_buffers_set
-        self._version = original._version  # torch reads it from the instance, too
-        self._held = (original, layer)  # in a tuple, so that they are no children
-        self.training = original.training
-        self.register_load_state_dict_post_hook(_lay_out_again)
-
-    @property
-    def original(self) -> nn.Module:
-        """The module as it was."""
-        return self._held[0]
-
-    @property
-    def layer(self) -> PackedLayer:
-        """The layer that does its work."""
-        return self._held[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x.
-
-        Raises:
-            RuntimeError: in training mode, where a batch norm would have to learn.
-        """
-        if self.training:
-            raise RuntimeError(
-                f"this {type(self.original).__name__} is part of a packed layer, which is for inference: "
-                "call model.eval(), or pack with fuse=False"
-            )
-        return x
-
-    def extra_repr(self) -> str:
-        """What it was."""
-        return f"{type(self.original).__name__}, part of a packed layer"
-
-
 def fuse_(model: nn.Module) -> FusionReport:
     """Let the packed layers of a model in evaluation take over what stands next to them.
 
-    Layers that did so before stay as they are.
+    Float convolutions take over the batch norms behind them, too. Layers that did so before stay as they are.
     """
     report = FusionReport()
     names = {module: name for name, module in model.named_modules()}
@@ -105,6 +65,8 @@ def fuse_(model: nn.Module) -> FusionReport:
             layer = modules.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, PackedLayer) and layer.neighbours == Neighbours():
                 _fuse(layer, node, chain)
+            elif type(layer) is nn.Conv2d:
+                _fold(layer, node, chain)
         replace(model, chain.absorbed)
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer) and name not in report.fused and name not in report.left:
@@ -114,7 +76,8 @@ def fuse_(model: nn.Module) -> FusionReport:
 
 def unfuse_(model: nn.Module) -> None:
     """Give every module its own work back."""
-    absorbed = {m: m.original.train(m.training) for m in model.modules() if isinstance(m, Absorbed)}
+    kinds = (Absorbed, FoldedConv2d)
+    absorbed = {m: m.original.train(m.training) for m in model.modules() if isinstance(m, kinds)}
     replace(model, absorbed)
     for module in model.modules():
         if isinstance(module, PackedLayer) and module.neighbours != Neighbours():
@@ -147,17 +110,23 @@ class _Chain:
         module = self.modules.get(str(node.target))
         return None if module in self.absorbed else module  # another layer has taken it
 
-    def why_keeps(self, node: fx.Node, layer: PackedLayer) -> str | None:
+    def is_used_once(self, node: fx.Node) -> bool:
+        """Whether the module that a node calls is called there only, and stands in one place only."""
+        module = self.modules[str(node.target)]
+        return self.calls[str(node.target)] == 1 and self.places[id(module)] == 1
+
+    def why_keeps(self, node: fx.Node, layer: nn.Module) -> str | None:
         """Why the module that a node next to the layer calls must keep its work, if it must."""
         module = self.modules[str(node.target)]
-        if self.calls[str(node.target)] != 1 or self.places[id(module)] != 1:
+        if not self.is_used_once(node):
             return "it is used in several places"
         if any(getattr(module, hooks) for hooks in _HOOKS):
             return "it has hooks"
         if isinstance(module, NORMS):
             if module.running_mean is None:
                 return "it has no running statistics"
-            if type(module) is not (nn.BatchNorm2d if isinstance(layer, PackedConv2d) else nn.BatchNorm1d):
+            flat = not isinstance(layer, PackedConv2d | nn.Conv2d)
+            if type(module) is not (nn.BatchNorm1d if flat else nn.BatchNorm2d):
                 return f"it does not fit a {type(layer).__name__}"
         return None
 
@@ -171,7 +140,7 @@ def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
     if layer.spec.config.activation == "fp":
         left.append("its neighbours: its input is float, and so is all it computes")
         return
-    if chain.calls[str(node.target)] != 1 or chain.places[id(layer)] != 1:
+    if not chain.is_used_once(node):
         left.append("its neighbours: it is used in several places")
         return
     before = _before(layer, node, chain, left)
@@ -185,6 +154,15 @@ def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
     chain.report.fused[name] = [f"{type(m).__name__} {chain.names[m]}" for m in absorbed]
     layer.absorb(Neighbours(tuple(before), norm, nonlinearity))
     chain.absorbed |= {m: Absorbed(m, layer) for m in absorbed}
+
+
+def _fold(conv: nn.Conv2d, node: fx.Node, chain: _Chain) -> None:
+    """A float convolution and the batch norm behind it."""
+    norm, _ = _after(conv, node, chain, [])
+    if isinstance(norm, nn.BatchNorm2d) and chain.is_used_once(node) and chain.module(node) is conv:
+        folded = FoldedConv2d(conv, norm)
+        chain.report.fused[chain.names[conv]] = [f"BatchNorm2d {chain.names[norm]}"]
+        chain.absorbed |= {conv: folded, norm: Absorbed(norm, folded)}
 
 
 def _before(layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]) -> list[nn.Module]:
@@ -214,7 +192,7 @@ def _why_no_thresholds(layer: PackedLayer, module: nn.Module) -> str | None:
 
 
 def _after(
-    layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]
+    layer: nn.Module, node: fx.Node, chain: _Chain, left: list[str]
 ) -> tuple[nn.BatchNorm1d | nn.BatchNorm2d | None, nn.Module | None]:
     """A batch norm and a nonlinearity behind the layer, either, or none."""
     found: list[Any] = [None, None]
@@ -245,10 +223,3 @@ def _traces(module: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
         return [(module, _Tracer().trace(module))]
     except Exception:  # whatever a forward pass does with a proxy: its parts may fare better
         return [found for child in module.children() for found in _traces(child)]
-
-
-def _lay_out_again(module: nn.Module, _incompatible_keys: Any) -> None:
-    assert isinstance(module, Absorbed)
-    layer = module.layer
-    if not any(t.is_meta for t in [*layer.buffers(), *module._buffers.values()] if t is not None):
-        layer.lay_out()

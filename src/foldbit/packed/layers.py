@@ -253,7 +253,7 @@ class PackedLayer(nn.Module):
         self.weight_scales = self.scales.reshape(spec.weight_planes, spec.out_channels, spec.segments)
         self.output_bias = self.bias
         if self.neighbours.norm_after is not None:
-            gain, shift = _affine(self.neighbours.norm_after)
+            gain, shift = affine(self.neighbours.norm_after)
             self.weight_scales = (self.weight_scales * gain[:, None]).float()
             self.output_bias = (shift if self.bias is None else self.bias * gain + shift).float()
         self.slopes = _slopes(self.neighbours.nonlinearity, spec.out_channels)
@@ -354,7 +354,7 @@ _KINDS: dict[str, type[PackedLayer]] = {
 
 
 @torch.no_grad()
-def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A batch norm in evaluation as gain·y + shift, in float64 on the CPU, ``[channels]`` each."""
     assert norm.running_mean is not None and norm.running_var is not None
     mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
