@@ -44,6 +44,16 @@ const Kernels& current_kernels() {
   return kernels ? *kernels : *best;
 }
 
+template <>
+const RowKernels<float>& current_row_kernels() {
+  return current_kernels().float_rows;
+}
+
+template <>
+const RowKernels<double>& current_row_kernels() {
+  return current_kernels().double_rows;
+}
+
 bool force_kernels(const char* name) {
   for (const Kernels* kernels : runnable_kernels())
     if (std::strcmp(kernels->name, name) == 0) {

@@ -88,6 +88,8 @@ extern const Kernels avx512_kernels;  // only where the build has FOLDBIT_X86
 // dispatch.cpp: which kernels run. The best this machine has, unless another is forced.
 std::vector<const Kernels*> runnable_kernels();  // worst first
 const Kernels& current_kernels();
+template <class T>
+const RowKernels<T>& current_row_kernels();
 bool force_kernels(const char* name);  // false where this machine cannot run it
 
 // operations.cpp: whole tensors, shared among threads.

@@ -20,6 +20,12 @@ inline T clip(T x, T limit) {
   return limit < x ? limit : x;
 }
 
+template <class T>
+inline T clipped_magnitude(T x, T limit) {
+  x = absolute(x);
+  return limit < x ? limit : x;
+}
+
 template <class T, int kPlanes>
 void approximate_planes(const T* x, int64_t n, const T* scales, T limit, T* out) {
   T v[kPlanes];
@@ -128,9 +134,7 @@ double left_by_planes(const T* x, int64_t n, const double* scales, T limit) {
   double v[kPlanes + 1];
   for (int p = 0; p < kPlanes; ++p) v[p] = scales[p];
   const auto left = [&v, limit](T value) {
-    T magnitude = absolute(value);
-    magnitude = limit < magnitude ? limit : magnitude;
-    double r = static_cast<double>(magnitude);
+    double r = static_cast<double>(clipped_magnitude(value, limit));
     FOLDBIT_UNROLL
     for (int p = 0; p < kPlanes; ++p) r = absolute(r - v[p]);
     return r;
@@ -161,8 +165,49 @@ double left_run(const T* x, int64_t n, const double* scales, int planes, T limit
 }
 
 template <class T>
+Summary<T> summarize_run(const T* x, int64_t n, T limit) {
+  // Independent lanes, as above; this many, so that compilers make vectors of the loop over lanes instead of
+  // unrolling it into scalars.
+  constexpr int kSums = 32;
+  double sums[kSums];
+  T lowest[kSums], highest[kSums];
+  for (int lane = 0; lane < kSums; ++lane) {
+    sums[lane] = 0;
+    lowest[lane] = T(INFINITY);
+    highest[lane] = 0;
+  }
+  const auto add = [&](int lane, T value) {
+    const T magnitude = clipped_magnitude(value, limit);
+    sums[lane] += static_cast<double>(magnitude);
+    lowest[lane] = magnitude < lowest[lane] ? magnitude : lowest[lane];
+    highest[lane] = magnitude > highest[lane] ? magnitude : highest[lane];
+  };
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int lane = 0; lane < kSums; ++lane) add(lane, x[i + lane]);
+  }
+  for (int lane = 0; i < n; ++i, ++lane) add(lane, x[i]);
+  for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      sums[lane] += sums[lane + half];
+      lowest[lane] = lowest[lane + half] < lowest[lane] ? lowest[lane + half] : lowest[lane];
+      highest[lane] = highest[lane + half] > highest[lane] ? highest[lane + half] : highest[lane];
+    }
+  }
+  return {sums[0], lowest[0], highest[0]};
+}
+
+template <class T>
+void places_run(const T* x, int64_t n, Ruler<T> ruler, T limit, int32_t* places) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T place = (clipped_magnitude(x[i], limit) - ruler.lowest) * ruler.per_unit;
+    places[i] = static_cast<int32_t>(place < ruler.last ? place : ruler.last);
+  }
+}
+
+template <class T>
 constexpr RowKernels<T> row_kernels() {
-  return {approximate_run<T>, window_run<T>, left_run<T>};
+  return {approximate_run<T>, window_run<T>, left_run<T>, summarize_run<T>, places_run<T>};
 }
 
 }  // namespace

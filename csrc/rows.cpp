@@ -31,23 +31,12 @@ void for_runs(int64_t rows, int64_t n, int threads, const Body& body) {
   });
 }
 
-template <class T>
-const RowKernels<T>& row_kernels();
-template <>
-const RowKernels<float>& row_kernels() {
-  return current_kernels().float_rows;
-}
-template <>
-const RowKernels<double>& row_kernels() {
-  return current_kernels().double_rows;
-}
-
 }  // namespace
 
 template <class T>
 void approximate_rows(Rows<const T> x, int64_t rows, int64_t n, const T* scales, int planes, T limit, Rows<T> out,
                       int threads) {
-  const RowKernels<T>& kernels = row_kernels<T>();
+  const RowKernels<T>& kernels = current_row_kernels<T>();
   for_runs(rows, n, threads, [&](int64_t row, int64_t begin, int64_t end) {
     kernels.approximate(x.row(row) + begin, end - begin, scales + row * planes, planes, limit,
                         out.row(row) + begin);
@@ -57,7 +46,7 @@ void approximate_rows(Rows<const T> x, int64_t rows, int64_t n, const T* scales,
 template <class T>
 void window_rows(Rows<const T> grad, Rows<const T> x, int64_t rows, int64_t n, const T* scales, int planes,
                  Window window, T limit, Rows<T> out, int threads) {
-  const RowKernels<T>& kernels = row_kernels<T>();
+  const RowKernels<T>& kernels = current_row_kernels<T>();
   for_runs(rows, n, threads, [&](int64_t row, int64_t begin, int64_t end) {
     kernels.window(grad.row(row) + begin, x.row(row) + begin, end - begin, scales + row * planes, planes, window,
                    limit, out.row(row) + begin);
@@ -66,7 +55,7 @@ void window_rows(Rows<const T> grad, Rows<const T> x, int64_t rows, int64_t n, c
 
 template <class T>
 void greedy_rows(Rows<const T> x, int64_t rows, int64_t n, int planes, T limit, double* scales, int threads) {
-  const RowKernels<T>& kernels = row_kernels<T>();
+  const RowKernels<T>& kernels = current_row_kernels<T>();
   const int64_t runs = runs_of(n);
   std::vector<double> sums(static_cast<size_t>(rows * runs));
   for (int p = 0; p < planes; ++p) {

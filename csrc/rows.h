@@ -12,13 +12,29 @@ namespace foldbit {
 // Which gradient passes: src/foldbit/nn/estimators.py tells.
 enum class Window { identity, clipped, scaled, polynomial };
 
-// What one instruction set offers: the same, for a run of n values of one row.
+// What one look at all magnitudes tells.
+template <class T>
+struct Summary {
+  double sum;         // NaN if one of them is
+  T lowest, highest;  // of the others
+};
+
+// Where magnitudes lie on a ruler: (|x| - lowest) * per_unit, at most last, rounded down.
+template <class T>
+struct Ruler {
+  T lowest, per_unit, last;
+};
+
+// What one instruction set offers, for a run of n values of one row: the passes below, and what the solvers
+// (solve.h) are made of.
 template <class T>
 struct RowKernels {
   void (*approximate)(const T* x, int64_t n, const T* scales, int planes, T limit, T* out);
   void (*window)(const T* grad, const T* x, int64_t n, const T* scales, int planes, Window window, T limit,
                  T* out);
   double (*left)(const T* x, int64_t n, const double* scales, int planes, T limit);
+  Summary<T> (*summarize)(const T* x, int64_t n, T limit);
+  void (*places)(const T* x, int64_t n, Ruler<T> ruler, T limit, int32_t* places);
 };
 
 // A matrix [rows, n], contiguous within a row.

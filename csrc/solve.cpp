@@ -29,6 +29,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "foldbit.h"
+#include "rows.h"
 #include "threads.h"
 
 namespace foldbit {
@@ -70,41 +72,9 @@ T clipped(T value, T limit) {
   return limit < magnitude ? limit : magnitude;
 }
 
-// What one look at all magnitudes tells.
-template <class T>
-struct Summary {
-  double sum;         // NaN if one of them is
-  T lowest, highest;  // of the others
-};
-
 template <class T>
 Summary<T> summarize(const T* x, size_t n, T limit) {
-  // Independent lanes, because the compiler may not reorder additions of floats; this many, so that it makes
-  // vectors of the loop over lanes instead of unrolling it into scalars.
-  constexpr size_t kLanes = 32;
-  double sum[kLanes] = {};
-  T lowest[kLanes], highest[kLanes];
-  std::fill_n(lowest, kLanes, std::numeric_limits<T>::infinity());
-  std::fill_n(highest, kLanes, T(0));
-  const auto add = [&](size_t lane, T value) {
-    const T magnitude = clipped(value, limit);
-    sum[lane] += magnitude;
-    lowest[lane] = magnitude < lowest[lane] ? magnitude : lowest[lane];
-    highest[lane] = magnitude > highest[lane] ? magnitude : highest[lane];
-  };
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) add(lane, x[i + lane]);
-  }
-  for (size_t lane = 0; i < n; ++i, ++lane) add(lane, x[i]);
-  for (size_t half = kLanes / 2; half > 0; half /= 2) {
-    for (size_t lane = 0; lane < half; ++lane) {
-      sum[lane] += sum[lane + half];
-      lowest[lane] = std::min(lowest[lane], lowest[lane + half]);
-      highest[lane] = std::max(highest[lane], highest[lane + half]);
-    }
-  }
-  return {sum[0], lowest[0], highest[0]};
+  return current_row_kernels<T>().summarize(x, static_cast<int64_t>(n), limit);
 }
 
 // A row in chunks that threads share. Where they lie depends on its length alone, and their sums are added in
@@ -148,37 +118,41 @@ template <class T>
 class Grid {
  public:
   Grid(const Summary<T>& summary, size_t n, size_t equal_bins, T limit)
-      : lowest_(summary.lowest), highest_(summary.highest), limit_(limit), last_(static_cast<T>(equal_bins)) {
+      : ruler_{summary.lowest, T(1), static_cast<T>(equal_bins)}, highest_(summary.highest), limit_(limit) {
     // Six times the mean holds all but a little of most data, and at least five sixths of any. Equal bins up to
     // the end of a heavy tail would put all the rest in one of them.
-    const double full = double(highest_) - double(lowest_), mean = summary.sum / double(n) - double(lowest_);
+    const double full = double(highest_) - lowest(), mean = summary.sum / double(n) - lowest();
     const double covered = std::min(full, std::max(6 * mean, full / double(n)));
     const double bins_per_unit = double(equal_bins) / covered;
     usable_ = bins_per_unit < double(std::numeric_limits<T>::max());
-    bins_per_unit_ = usable_ ? static_cast<T>(bins_per_unit) : T(1);
-    width_ = 1 / double(bins_per_unit_);
+    if (usable_) ruler_.per_unit = static_cast<T>(bins_per_unit);
+    width_ = 1 / double(ruler_.per_unit);
   }
 
   // Not for float32 magnitudes so close together, 1e-35 or less, that the inverse overflows.
   bool usable() const { return usable_; }
-  size_t bins() const { return static_cast<size_t>(last_) + 1; }
+  size_t bins() const { return static_cast<size_t>(ruler_.last) + 1; }
 
-  int32_t bin(T value) const {
-    const T place = (clipped(value, limit_) - lowest_) * bins_per_unit_;
-    return static_cast<int32_t>(place < last_ ? place : last_);
+  // The bins of n values.
+  void find(const T* x, size_t n, int32_t* bins) const {
+    kernels_.places(x, static_cast<int64_t>(n), ruler_, limit_, bins);
   }
 
-  // Bounds of the magnitudes in a bin. The roundings in bin() are smaller than the slack.
-  double lower(size_t bin) const { return double(lowest_) + double(bin) * width_ * (1 - kSlack); }
+  // Bounds of the magnitudes in a bin. The roundings in find() are smaller than the slack.
+  double lower(size_t bin) const { return lowest() + double(bin) * width_ * (1 - kSlack); }
   double upper(size_t bin) const {
     if (bin + 1 == bins()) return double(highest_);
-    return std::min(double(highest_), double(lowest_) + double(bin + 1) * width_ * (1 + kSlack));
+    return std::min(double(highest_), lowest() + double(bin + 1) * width_ * (1 + kSlack));
   }
 
  private:
   static constexpr double kSlack = 4 * double(std::numeric_limits<T>::epsilon());
 
-  T lowest_, highest_, limit_, last_, bins_per_unit_;
+  double lowest() const { return double(ruler_.lowest); }
+
+  const RowKernels<T>& kernels_ = current_row_kernels<T>();
+  Ruler<T> ruler_;
+  T highest_, limit_;
   double width_;
   bool usable_;
 };
@@ -460,14 +434,14 @@ class Search {
   }
 
   // Call visit(values, their bins, how many) for one block of x after the other. The bins of a block are found
-  // first, in a loop that the compiler can vectorize.
+  // first, in a loop that is vectorized.
   template <class Visit>
-  static void for_each_block(const Grid<T> grid, const T* x, size_t n, Visit visit) {
+  static void for_each_block(const Grid<T>& grid, const T* x, size_t n, Visit visit) {
     constexpr size_t kBlock = 256;
     int32_t bin[kBlock];
     for (size_t start = 0; start < n; start += kBlock) {
       const size_t length = std::min(kBlock, n - start);
-      for (size_t i = 0; i < length; ++i) bin[i] = grid.bin(x[start + i]);
+      grid.find(x + start, length, bin);
       visit(x + start, bin, length);
     }
   }
