@@ -23,6 +23,7 @@ from foldbit.models import registry
         ("resnet8-xnor", {"widths": (4, 4, 4), "nonlinearity": "prelu", "num_classes": 1}, (0, 1, 8, 8), 1),
         ("resnet8-xnor", {"widths": (4, 4, 4), "nonlinearity": "none"}, (1, 1, 1, 1), 10),
         ("resnet18-cifar", {"widths": [4, 8, 8, 12]}, (2, 3, 32, 32), 100),
+        ("resnet18", {"widths": [4, 8, 8, 12]}, (2, 3, 64, 96), 1000),
         ("resnet18-cifar", {"widths": [4, 8, 8, 12], "block": "regular", "num_classes": 7}, (1, 3, 8, 8), 7),
     ],
 )
@@ -34,7 +35,7 @@ def test_shapes(name, arguments, shape, classes):
 
 def test_names_are_sorted_and_known():
     assert list(models.names()) == sorted(models.names())
-    assert {"lenet5", "resnet8-xnor", "resnet18-cifar"} <= set(models.names())
+    assert {"lenet5", "resnet8-xnor", "resnet18", "resnet18-cifar"} <= set(models.names())
 
 
 def test_resnet18_has_the_layers_of_resnet18():

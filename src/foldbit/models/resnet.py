@@ -19,6 +19,7 @@ from foldbit.packed.absorbed import Absorbed
 
 Nonlinearity = Literal["relu", "prelu", "none"]
 Block = Literal["regular", "xnor"]
+Stem = Literal["small", "imagenet"]
 
 _MAX_WIDTH, _MAX_BLOCKS = 1 << 14, 1 << 8  # a file may ask for any size: refuse the absurd
 
@@ -32,6 +33,8 @@ class ResNet(nn.Module):
         block: ``xnor`` or ``regular``.
         nonlinearity: after each convolution of an XNOR block.
         stem_stride: stride of the stem, a 3x3 convolution.
+        stem: ``small`` is that; ``imagenet`` a 7x7 convolution and a pooling, of stride 2 each, for images of
+            224x224 pixels.
         in_channels: channels of the images.
         num_classes: outputs.
     """
@@ -47,6 +50,7 @@ class ResNet(nn.Module):
         stem_stride: int = 1,
         in_channels: int = 3,
         num_classes: int = 10,
+        stem: Stem = "small",
     ) -> None:
         super().__init__()
         _check("depths", depths, _MAX_BLOCKS)
@@ -56,10 +60,16 @@ class ResNet(nn.Module):
             raise ValueError(f"one width a stage: got depths {list(depths)} and widths {list(widths)}")
         if block not in ("regular", "xnor"):
             raise ValueError(f"block is 'regular' or 'xnor'; got {block!r}")
+        if stem not in ("small", "imagenet"):
+            raise ValueError(f"stem is 'small' or 'imagenet'; got {stem!r}")
+        large = stem == "imagenet"
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], 3, stride=stem_stride, padding=1, bias=False),
+            nn.Conv2d(in_channels, widths[0], 7, stride=2, padding=3, bias=False)
+            if large
+            else nn.Conv2d(in_channels, widths[0], 3, stride=stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(),
+            *([nn.MaxPool2d(3, stride=2, padding=1)] if large else []),
         )
         stages = []
         channels = widths[0]
@@ -79,7 +89,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, num_classes]``."""
-        x = self.stem(x)  # [N, widths[0], H/stem_stride, W/stem_stride]
+        x = self.stem(x)  # [N, widths[0], H/stem_stride, W/stem_stride], or a quarter of the size
         x = self.stages(x)
         return self.classifier(self.pool(x).flatten(1))
 
@@ -143,6 +153,18 @@ def resnet18_cifar(
 ) -> ResNet:
     """ResNet-18 with a 3x3 stem and no pooling, for images of 32x32 pixels."""
     return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes)
+
+
+@register("resnet18")
+def resnet18(
+    block: Block = "xnor",
+    widths: Sequence[int] = (64, 128, 256, 512),
+    nonlinearity: Nonlinearity = "relu",
+    in_channels: int = 3,
+    num_classes: int = 1000,
+) -> ResNet:
+    """ResNet-18 for images of 224x224 pixels."""
+    return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes, stem="imagenet")
 
 
 def _convolve(conv: nn.Module, nonlinearity: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
