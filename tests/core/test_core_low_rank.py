@@ -156,7 +156,7 @@ def test_finer_scales_lose_no_more(name):
     assert by_rank[-1] <= slack  # full rank is the matrix itself
 
 
-@pytest.mark.parametrize("scheme", ["ls-1", "ls-2", "ls-T", "gf-3"])
+@pytest.mark.parametrize("scheme", ["ls-1", "ls-2", "ls-T", "gf-3", "ls-3", "lsf-3", "alt-2"])
 def test_sides_share_what_their_solver_finds(scheme):
     x = matrix("rows and columns of their own", torch.float32)
     for side, dims in [("tensor", None), ("row", 1), ("column", 0)]:
@@ -465,6 +465,7 @@ ONES = torch.ones(2, 3)
         (lambda: fb.low_rank(ONES, "fp", "row"), ValueError, "'fp' leaves a tensor float"),
         (lambda: fb.low_rank(ONES, "fp"), ValueError, "for ls-1, ls-2 and gf-k; got scheme 'fp'"),
         (lambda: fb.low_rank(ONES, "ls-T", 1), ValueError, "got scheme 'ls-T', which can share"),
+        (lambda: fb.low_rank(ONES, "ls-3", 1), ValueError, "for ls-1, ls-2 and gf-k; got scheme 'ls-3'"),
         (lambda: fb.low_rank(ONES, "ls-1", 0), ValueError, "rank 0 does not fit .* 2×3: it is at least 1"),
         (lambda: fb.low_rank(ONES, "ls-1", 3), ValueError, "rank 3 does not fit a matrix of 2×3"),
         (lambda: fb.low_rank(torch.ones(0, 3), "ls-1", 1), ValueError, "rank 1 does not fit a matrix of 0×3"),
