@@ -77,7 +77,7 @@ def test_finer_granularities_are_no_worse():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "ls-3"])
 def test_input_channels_share_scales_over_the_outputs_of_their_group(scheme, groups, shape):
     out = 6 if shape[0] > 1 else 3
     weight = lattice(out, *shape[1:])
@@ -164,6 +164,74 @@ def test_scaled_windows_use_the_slices_own_scale_and_no_clamp():
     config = fb.QuantConfig(weight="ls-1", weight_estimator="scaled", clamp=0.5)
     WeightQuantizer(config, 4)(weight).sum().backward()  # v = 4 and 10.75
     assert weight.grad.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights whose planes are not peeled
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("tensor", None), ("channel", None), ("group", 4)])
+@pytest.mark.parametrize("scheme", ["ls-3", "alt-4", "rg-2"])
+def test_weights_that_do_not_fold_are_given_their_nearest_level(scheme, granularity, group_size):
+    weight = torch.randn(4, 12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    config = fb.QuantConfig(weight=scheme, granularity=granularity, group_size=group_size)
+    quantizer = WeightQuantizer(config, 12)
+    values = quantizer(weight)
+    for out, channels in slices(weight, granularity, group_size):
+        alone = fb.quantize(weight[out, channels].clone(), scheme, None)
+        torch.testing.assert_close(values[out, channels], alone.values(), rtol=1e-9, atol=1e-9)
+        folded = fb.unfold(fb.fold(weight[out, channels], alone.scales, None), alone.scales, None)
+        assert (weight - values)[out, channels].square().sum() <= (
+            (weight[out, channels] - folded).square().sum() + 1e-9
+        )
+    planes, scales = quantizer.codes(weight)
+    spread = scales.repeat_interleave(12 // scales.shape[-1], -1).unsqueeze(-1)
+    torch.testing.assert_close(torch.where(planes, -spread, spread).sum(0), values)
+
+
+@pytest.mark.parametrize("scheme", ["ls-3", "alt-3"])
+def test_their_gradient_is_the_estimators(scheme):
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).mul_(3)
+    grad = torch.randn(3, 20)
+    limit = 3 * fb.solve(weight, scheme)[:, :1]
+    windows = {"identity": weight == weight, "clipped": weight.abs() <= 1, "scaled": weight.abs() <= limit}
+    for estimator, window in windows.items():
+        leaf = weight.clone().requires_grad_()
+        WeightQuantizer(fb.QuantConfig(weight=scheme, weight_estimator=estimator), 20)(leaf).backward(grad)
+        assert torch.equal(leaf.grad, grad * window)
+    with torch.no_grad():
+        assert not WeightQuantizer(fb.QuantConfig(weight=scheme), 20)(leaf).requires_grad
+
+
+def test_an_estimator_that_follows_peeling_is_refused_for_them():
+    for scheme in ["ls-3", "alt-2", "rg-4"]:
+        config = fb.QuantConfig(weight=scheme, weight_estimator="polynomial")
+        with pytest.raises(
+            ValueError, match=f"follows the residuals that peeling leaves, and scheme '{scheme}'"
+        ):
+            WeightQuantizer(config, 12)
+    leaf = torch.randn(3, 20, requires_grad=True)
+    WeightQuantizer(fb.QuantConfig(weight="lsf-3", weight_estimator="polynomial"), 20)(leaf).sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def test_a_layer_of_three_bits_trains_and_compiles():
+    torch.manual_seed(0)
+    layer = fb.QuantLinear(30, 4, config=fb.QuantConfig("ls-3", "ls-2"))
+    x, y = torch.randn(64, 30), torch.randn(64, 4)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    losses = []
+    for _ in range(8):
+        loss = (layer(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+    exported = torch.export.export(layer.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), layer(x))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -125,6 +125,9 @@ def test_a_model_comes_back_bit_for_bit(make, tmp_path):
         fb.QuantConfig("ls-T", "ls-T", granularity="tensor", activation_granularity="tensor"),
         fb.QuantConfig("ls-2", "ls-1", granularity="group", group_size=3, clamp=0.5),
         fb.QuantConfig("ls-1", "ls-2", activation_scales="static"),
+        fb.QuantConfig("ls-3", "lsf-3"),
+        fb.QuantConfig("ls-4", "ls-2", granularity="group", group_size=3),
+        fb.QuantConfig("rg-2", "fp", granularity="tensor"),
     ],
     ids=lambda config: config.name,
 )

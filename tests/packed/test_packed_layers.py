@@ -19,7 +19,10 @@ from foldbit.packed.layers import PackedLayer
 from foldbit.packed.spec import LayerSpec
 
 BACKENDS = native.available()
-SCHEMES = [name for name in schemes.names() if name != "fp"]
+# Searches for 3 and 4 bits take a second here and there: they have tests of their own below.
+SEARCHED = ["ls-3", "ls-4", "lsf-3", "lsf-4"]
+SCHEMES = [name for name in schemes.names() if name not in ("fp", *SEARCHED)]
+FOLDABLE = [name for name in SCHEMES if schemes.parse(name).foldable]
 CHANNELS = [1, 3, 31, 32, 33, 64, 100]
 
 
@@ -117,7 +120,7 @@ MEMORY = [dense, dense, last_dim_first, sliced, transposed]
 
 
 @st.composite
-def configs(draw, channels, activations=(*SCHEMES, "ls-2", "fp")):
+def configs(draw, channels, activations=(*FOLDABLE, "ls-2", "fp")):
     divisors = [d for d in range(1, channels + 1) if channels % d == 0]
     granularity = draw(st.sampled_from(["tensor", "channel", "channel", "group"]))
     return fb.QuantConfig(
@@ -279,7 +282,7 @@ def test_any_planes_and_dyadic_scales_give_exact_sums(data):
 
 
 @pytest.mark.parametrize("scales", ["per sample", "per tensor", "static"])
-@pytest.mark.parametrize("activation", [*SCHEMES, "fp"])
+@pytest.mark.parametrize("activation", [*FOLDABLE, "fp"])
 def test_every_scheme_on_every_kind(activation, scales):
     torch.manual_seed(0)
     for weight, layer, shape in [
@@ -299,6 +302,27 @@ def test_every_scheme_on_every_kind(activation, scales):
         packed = fb.pack_(nn.Sequential(copy.deepcopy(twin)))[0]
         x = torch.randn(shape) * torch.tensor([1.0, 3.0, 0.2]).reshape(3, *[1] * (len(shape) - 1))
         assert_twins_agree(twin.eval(), packed, x)
+
+
+@pytest.mark.parametrize("activation", ["ls-2", "lsf-3", "fp"])
+@pytest.mark.parametrize("weight", [*SEARCHED, "alt-3", "rg-4"])
+def test_weights_of_three_and_four_bits_whether_they_fold_or_not(weight, activation):
+    torch.manual_seed(0)
+    for layer, shape, fields in [
+        (nn.Conv2d(9, 4, 3, padding=1), (2, 9, 6, 5), {}),
+        (nn.Conv2d(8, 4, 3, groups=2), (2, 8, 6, 5), {"granularity": "tensor"}),
+        (nn.Linear(40, 3), (2, 40), {"granularity": "group", "group_size": 20}),
+    ]:
+        config = fb.QuantConfig(weight, activation, **fields)
+        twin, packed = twins(layer, config)
+        assert packed.spec.weight_planes == int(weight[-1])
+        # The weight that comes out of the bits is the one that trained, and 2 bits would be far from it.
+        torch.testing.assert_close(
+            packed.weight().reshape(layer.weight.shape), twin.weight_quantizer(layer.weight)
+        )
+        left = (packed.weight().reshape(layer.weight.shape) - layer.weight).square().sum()
+        assert left < 0.09 * layer.weight.square().sum()
+        assert_twins_agree(twin, packed, torch.randn(shape))
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
