@@ -277,9 +277,6 @@ def _finish(model: Model, fuse: bool) -> Model:
     report = getattr(model, _REPORT, None) or ConversionReport(quantized=packed)
     report.fusion = fusion.fuse_(model) if fuse else None
     setattr(model, _REPORT, report)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # the order that packed layers write
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model
 
 

@@ -82,16 +82,22 @@ class FoldedConv2d(nn.Conv2d):
         gain, shift = affine(self._held[1])
         bias = torch.zeros(()) if self.bias is None else self.bias.cpu()
         weight = self.weight * gain[:, None, None, None].to(self.weight.device)
-        self._folded = weight.to(self.weight), (bias * gain + shift).to(self.weight)
+        weight = weight.to(self.weight).contiguous(memory_format=torch.channels_last)
+        self._folded = weight, (bias * gain + shift).to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolution and batch norm at once."""
-        return self._conv_forward(x, *self._folded)
+        """Convolution and batch norm at once, channels-last: the order that packed layers take fastest."""
+        return self._conv_forward(x.contiguous(memory_format=_order(x)), *self._folded)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
         super()._apply(fn, recurse)
         _lay_out_again(self)
         return self
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    # The float work between the layers (pooling above all) is several times faster in this order, too.
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
 
 def _lay_out_again(module: nn.Module, _incompatible_keys: Any = None) -> None:
