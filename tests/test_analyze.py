@@ -78,14 +78,34 @@ def test_the_page_is_one_file_with_as_many_pictures_as_it_says(page, numbers):
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in re.sub(r"base64,[^\"]*", "", text)
 
 
-def test_layers_with_one_name_keep_apart(folder, tmp_path):
+def test_files_of_one_name_keep_apart(folder, tmp_path, monkeypatch):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         shutil.copy(folder / "weights.pt", tmp_path / name)
     what = [str(tmp_path / name / "weights.pt") for name in ("x", "y")]
+    monkeypatch.setattr(analyze.report, "write_page", lambda *_: None)  # pictures take time
     page = analyze.run(what, tmp_path / "page.html", compared=["ls-1"])
     studies = json.loads(page.with_suffix(".json").read_text())["studies"]
     assert [study["name"] for study in studies] == what
+
+
+def test_schemes_for_weights_only_are_left_out_of_activations(folder):
+    found = analyze.measure(analyze.find(str(folder / "run"), images=4), ["ls-2", "rg-2"])
+    assert list(found.weights[0].fits) == ["ls-2", "rg-2"] and list(found.activations[0].fits) == ["ls-2"]
+    texts = [p.text for s in pages.sections([found]) for p in s.parts if isinstance(p, pages.report.Text)]
+    assert any("for weights only are left out: rg-2." in text for text in texts)
+    found = analyze.measure(analyze.find(str(folder / "run"), images=4), ["rg-2"])
+    assert not found.activations and "foldable" in found.inputs
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(1, 2, 3), torch.full((1, 3, 8, 8), torch.nan)])
+def test_inputs_that_a_network_does_not_take_leave_its_weights(batch):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+    source = sources.network("n", "d", model, lambda: iter([batch]), "odd images")
+    found = analyze.measure(source, ["ls-1"])
+    assert len(found.weights) == 1 and not found.activations
+    assert "does not take odd images" in found.inputs
+    assert any("odd images" in getattr(p, "text", "") for s in pages.sections([found]) for p in s.parts)
 
 
 def test_schemes_can_be_chosen(tmp_path):

@@ -142,27 +142,29 @@ def measure(source: Source, names: Sequence[str]) -> Study:
             f"Scales of a rank are those of the first {study.MOST_FOR_RANKS:,} values only, where a weight "
             f"has more (here {large})."
         )
-    return Study(
-        source.name,
-        source.description,
-        weights,
-        _activations(source, names),
-        source.inputs,
-        notes,
-        source.one_scale_set,
-    )
+    activations, inputs = _activations(source, names)
+    return Study(source.name, source.description, weights, activations, inputs, notes, source.one_scale_set)
 
 
-def _activations(source: Source, names: Sequence[str]) -> list[Layer]:
+def _activations(source: Source, names: Sequence[str]) -> tuple[list[Layer], str]:
+    """What was measured of the layers' inputs, and of which inputs, or why nothing was."""
     if source.model is None or source.batches is None:
-        return []
+        return [], source.inputs
+    # Activations are peeled as they come, so schemes that are not foldable have no code for them.
+    foldable = [name for name in names if schemes.parse(name).foldable]
+    if not foldable:
+        return [], "none of the schemes is foldable, as schemes of activations are"
     batches = _progress(list(source.batches()), f"{source.name}: activations")
-    tallies = study.layer_inputs(source.model, batches, names)
+    try:
+        tallies = study.layer_inputs(source.model, batches, foldable)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return [], f"the network does not take {source.inputs}, or not to finite values ({reason})"
     kinds = {name: sources.kind_of(module) for name, module in source.model.named_modules()}
     return [
         Layer(name, kinds[name], (tally.rows, tally.values // tally.rows), tally.fits(), tally.histogram())
         for name, tally in tallies.items()
-    ]
+    ], source.inputs
 
 
 def _run_folder(path: Path, count: int, data: str | None) -> Source:

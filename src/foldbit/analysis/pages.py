@@ -176,10 +176,12 @@ def _activations(study: Study) -> list[Part]:
         return [report.Text(f"Not measured: {study.inputs}.")]
     layers = study.activations
     shown = _typical(layers)
+    only_weights = [name for name in study.weights[0].fits if name not in layers[0].fits]
     return [
         report.Text(
             f"The inputs of its layers for {study.inputs}. Every sample has scales of its own. An input "
             "behind a ReLU is never negative: there half of all levels lie idle, and schemes differ the most."
+            + (f" Schemes for weights only are left out: {', '.join(only_weights)}." if only_weights else "")
         ),
         report.Picture(
             pictures.levels(
@@ -286,7 +288,8 @@ def _glossary(studies: Sequence[Study]) -> list[Part]:
             "All schemes write x ≈ v1·s1 + v2·s2 + …, with signs s and scales v. One bit has the levels ±v; "
             "two bits have ±v1 ± v2; ternary has −2v, 0 and 2v. Least squares means that no other scales "
             "(and signs) have less squared error. Greedy fits the first plane as if it were alone "
-            "and the second to what is left."
+            "and the second to what is left; more planes go on likewise. For 3 and 4 bits, least squares is "
+            "the best that a search finds."
         ),
         report.Table(
             ["scheme", "in words", "bits a value"],

@@ -99,7 +99,8 @@ def _of_library(library: str, name: str, seed: int) -> Source:
             f"{library} gives no trained network {name!r}: {reason}. Names are those of its own "
             "list_models(); weights are downloaded at first use. A checkpoint's file works as well"
         ) from error
-    images, what = photographs(224, seed)
+    given = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))  # as timm says it
+    images, what = photographs(given[-1], seed)
     return network(
         f"{library}/{name}",
         f"{name} with the trained weights of {library}; scales for each output channel.",

@@ -150,7 +150,7 @@ def checkpoint(path: Path) -> Source:
     tensors = dict(_tensors(held))
     weights, left_out = _choose(
         {name: tuple(t.shape) for name, t in tensors.items()},
-        {name: t.is_floating_point() for name, t in tensors.items()},
+        {name: t.dtype in _DTYPES and t.layout == torch.strided for name, t in tensors.items()},
         lambda name: tensors[name].detach(),
     )
     return Source(
@@ -199,7 +199,7 @@ def _choose(
     for name, shape in shapes.items():
         reason = ""
         if not floats[name]:
-            reason = "integers or booleans"
+            reason = "integers or of an unknown kind"
         elif len(shape) < 2 or shape[0] < 2 or math.prod(shape[1:]) < 2:
             reason = "vectors, such as biases and norms"
         if reason:
@@ -237,6 +237,9 @@ def _tensors(held: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str,
     elif isinstance(held, Mapping) and depth < 8:
         for key, value in held.items():
             yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _with_numbers(name: str) -> list[tuple[int, str]]:
