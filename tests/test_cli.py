@@ -1,7 +1,9 @@
 """The command line, run as a user would: the real program, its output and exit codes."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+
+from foldbit import cli, timing
 
 TINY = ["--model_args.widths=[8,8,16]", "--data.name=digits", "--batch_size=64", "--lr=0.01"]
 
@@ -21,7 +25,7 @@ def foldbit(*arguments, cwd=None, check=True):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "COLUMNS": "250"},
+        env={**os.environ, "COLUMNS": "250", "OMP_NUM_THREADS": "1"},
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -35,6 +39,10 @@ def folder(tmp_path_factory):
     foldbit(
         "train", "--recipe", "fashion-mnist-w1a2", "--run=runs/w1a2", "--init=runs/float", *TINY, cwd=folder
     )
+    (folder / "bad.safetensors").write_bytes(b"not one")
+    shutil.copytree(folder / "runs/w1a2", folder / "runs/cut")
+    weights = folder / "runs/cut/checkpoint/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
     return folder
 
 
@@ -83,13 +91,13 @@ def test_pack_calibrates_what_was_trained_with_dynamic_scales(folder):
     foldbit("train", "--recipe=fashion-mnist-w1a2", *dynamic, cwd=folder)
     said = foldbit("pack", "runs/dynamic", "--calibration_images=300", cwd=folder).stdout
     assert "calibrating static" in said and "--calibrate false" in said and "static scales" in said
-    for values in (300 * 8 * 8 * 8, 300 * 16 * 2 * 2):  # of the first layer's input, and of the last one's
-        assert f"{values:,}" in said
+    assert f"{300 * 16 * 4 * 4:,}" in said  # values at the last layer, of the images asked for
     kept = foldbit("pack", "runs/dynamic", "--calibrate=false", "--out=kept.safetensors", cwd=folder).stdout
     assert "calibrating" not in kept
     for file, scales in [("runs/dynamic/packed.safetensors", "static"), ("kept.safetensors", "dynamic")]:
         with safe_open(folder / file, "pt") as contents:
-            assert f'"activation_scales": "{scales}"' in str(contents.metadata())
+            layers = json.loads(contents.metadata()["foldbit"])["layers"].values()
+            assert all(layer["config"]["activation_scales"] == scales for layer in layers)
     # Static scales were learned in training: they are kept, unless calibration is asked for.
     assert "calibrating" not in foldbit("pack", "runs/w1a2", "--out=a.safetensors", cwd=folder).stdout
     again = foldbit("pack", "runs/w1a2", "--calibrate=true", "--out=b.safetensors", cwd=folder).stdout
@@ -102,29 +110,119 @@ def test_summary_of_a_model_name():
     assert "compression" in foldbit("summary", "lenet5").stdout
 
 
+def mistake(folder, monkeypatch, capsys, *arguments):
+    """Exit code and message of a command that fails, run in this process, which is quicker."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    code, printed = stopped.value.code, capsys.readouterr().err
+    return (1, code) if isinstance(code, str) else (code, printed.strip())
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["evaluate", "nowhere"], "no run folder"),
-        (["pack", "runs/float"], "nothing to pack"),
-        (["bench", "runs/float"], "no quantized layers"),
-        (["train", "--recipe=nope", "--run=x"], "unknown recipe"),
-        (["train", "--run=runs/float", "--lr=7"], "another recipe"),
-        (["train", "--run=x", "--data.folder=nowhere"], "nowhere"),
-        (["evaluate", "bad.safetensors"], "not a readable safetensors file"),
-        (["train", "--run=x", "--epochs=0"], "epochs must be positive"),
+        (["evaluate", "nowhere"], 1, "no run folder"),
+        (["evaluate", "lenet5"], 1, "its weights would be random"),
+        (["evaluate", "runs/cut"], 1, "model.safetensors is damaged"),
+        (["pack", "runs/cut"], 1, "model.safetensors is damaged"),
+        (
+            ["pack", "runs/float"],
+            1,
+            "foldbit train --recipe fashion-mnist-w1a2 --run runs/float-w1a2 --init runs",
+        ),
+        (["pack", "runs/w1a2", "--out=new/packed.safetensors"], 1, "there is no folder new to write"),
+        (["bench", "runs/float"], 1, "no quantized layers"),
+        (["bench", "runs/w1a2", "--threads=0"], 1, "at least 1; got 0"),
+        (["train", "--recipe=nope", "--run=x"], 2, "unknown recipe"),
+        (["train", "--run=runs/float", "--lr=7"], 1, "lr 0.01 -> 7.0"),
+        (["train", "--run=x", "--data.folder=nowhere"], 1, "nowhere is not a folder"),
+        (["train", "--run=x", "--init=runs/typo"], 1, "there is no folder runs/typo"),
+        (["evaluate", "bad.safetensors"], 1, "not a readable safetensors file"),
+        (["train", "--run=x", "--epochs=0"], 1, "epochs must be positive"),
+        (["train"], 2, "--run is required"),
+        (["evaluate"], 2, "WHAT is required"),
+        (["train", "--run=x", "--quant.activation", "ls-9"], 2, "unknown scheme 'ls-9'; known are fp"),
+        (["train", "--run=x", "--quant.activations", "ls-T"], 2, "did you mean --quant.activation?"),
+        (["train", "--run=x", "--quant.clamp=x"], 2, "--quant.clamp: expected a number; got x"),
+        (["train", "--run=x", "--quant=3"], 2, "such as --quant.weight, or null; got 3"),
+        (
+            ["summary", "resnet18-cifar", "--input_size", "1,1,28,28"],
+            1,
+            "in layer 'stem.0' (Conv2d) on an input",
+        ),
+        (["summary", "lenet5", "--input_size", "1,a"], 1, "such as 1,3,32,32; got '1,a'"),
+        (["summary", "lenet5", "--inputsize", "1"], 2, "did you mean --input_size?"),
     ],
 )
-def test_mistakes_are_one_line_and_no_traceback(folder, arguments, message):
-    (folder / "bad.safetensors").write_bytes(b"not one")
-    done = foldbit(*arguments, cwd=folder, check=False)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_are_one_line(folder, monkeypatch, capsys, arguments, code, message):
+    given, said = mistake(folder, monkeypatch, capsys, *arguments)
+    assert given == code and message in said
+    assert said.startswith("foldbit: ") and len(said.splitlines()) == 1
+    assert not any(word in said for word in ("Union", "Namespace", "NestedArg", "<class", "train.run"))
+    assert not (folder / "x").exists()
+
+
+def test_a_mistake_of_the_real_program_has_no_traceback(folder):
+    done = foldbit("pack", "runs/cut", cwd=folder, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("foldbit: ") and not done.stdout
+
+
+def test_input_sizes_are_guessed_or_taken_with_or_without_brackets(monkeypatch, capsys):
+    for size in ([], ["--input_size", "1,3,32,32"], ["--input_size=[1,3,32,32]"]):
+        cli.main(["summary", "resnet18-cifar", *size])
+        assert "1×64×32×32" in capsys.readouterr().out
+
+
+def test_evaluate_says_and_takes_which_data(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    packed = folder / "runs/w1a2/evaluated.safetensors"
+    cli.main(["pack", "runs/w1a2", f"--out={packed}"])
+    for arguments in (
+        ["runs/w1a2", "--split=train"],
+        ["runs/w1a2", "--dataset=digits"],
+        [str(packed), "--threads=1"],  # it lies in a run folder, and so belongs to digits
+    ):
+        cli.main(["evaluate", *arguments])
+        assert "right: digits (scikit-learn" in capsys.readouterr().out
+    moved = tmp_path / "moved.safetensors"
+    packed.rename(moved)
+    cli.main(["evaluate", str(moved), "--dataset", "digits"])
+    assert "right: digits" in capsys.readouterr().out
+    code, said = mistake(folder, monkeypatch, capsys, "evaluate", str(moved))
+    assert code == 1 and "name the data set: --dataset fashion-mnist or digits" in said
+
+
+def test_a_finished_training_says_so_and_a_failed_start_blocks_nothing(tmp_path, monkeypatch, capsys):
+    once = ["train", "--run=run", "--epochs=1", "--data.train_images=64", *TINY]
+    mistake(tmp_path, monkeypatch, capsys, *once, "--init=typo")
+    cli.main([*once, "--threads=1"])
+    said = capsys.readouterr().out
+    assert "on 1 thread: as asked" in said and "\ndone: test accuracy" in said
+    cli.main(once)
+    said = capsys.readouterr().out
+    assert said.startswith("already finished: test accuracy") and "thread" not in said
+
+
+def test_bench_doubts_what_a_busy_machine_measures(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    times = {name: timing.Timing(t, t, t) for name, t in [("float", 2.0), ("unpacked", 8.0), ("packed", 1.0)]}
+    monkeypatch.setattr(timing, "interleaved", lambda *_, **__: times)
+    cli.main(["bench", "runs/w1a2"])
+    said = capsys.readouterr().out
+    assert "1 thread\n" in said and "TRUST" not in said
+    rows = [line.split()[:2] for line in said.splitlines()]
+    assert ["float", "1.00"] in rows and ["unpacked", "0.25"] in rows and ["packed", "2.00"] in rows
+    assert "packed over unpacked: 8.00" in said
+    times["packed"] = timing.Timing(1.0, 0.4, 100.0)
+    cli.main(["bench", "runs/w1a2"])
+    said = capsys.readouterr().out
+    assert "DO NOT TRUST" in said and "0.02 - 5.00" in said
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_takes_up(tmp_path):
-    command = [sys.executable, "-m", "foldbit", "train", "--run=run", "--epochs=40", *TINY]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "foldbit", "train", "--run=run", "--epochs=12", *TINY]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -136,8 +234,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_takes_up(tmp_path):
         output = process.stdout.read()
     assert process.returncode == 130 and "goes on from" in output
     records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert 2 <= len(records) < 40
+    assert 2 <= len(records) < 12
     done = foldbit(*command[3:], cwd=tmp_path)
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 40
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 12
     assert "epoch 1/" not in done.stdout and "done: test accuracy" in done.stdout
     assert Path(tmp_path / "run/checkpoint/model.safetensors").is_file()

@@ -45,7 +45,7 @@ def evaluate(
     model, recipe = _load(what, trained=True)
     images = loop.images_for(what, recipe, dataset, data)
     right = loop.accuracy_on(model, images, split, threads)
-    print(f"{right:.2%} of {len(images[split]):,} {split} images of {images.name} right ({images.source})")
+    print(f"{right:.2%} of {len(images[split]):,} {split} images right: {images.name} ({images.source})")
 
 
 def summary(what: str, input_size: list[int] | str | None = None) -> None:
