@@ -133,6 +133,17 @@ def test_the_error_of_other_scales():
         assert pool.error(scales) == pytest.approx(relative_error(x, scales), abs=1e-6)
 
 
+def test_schemes_without_a_search_of_their_own_are_solved_on_quantiles():
+    x = torch.randn(30_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pool = Pool()
+    pool.add(x)
+    found = pool.solve("lsf-4")
+    assert found.excess is None and found.scales.shape == (4,)
+    reached = relative_error(x, found.scales)
+    assert reached == pytest.approx(relative_error(x, fb.solve(x, "lsf-4")), rel=2e-3)
+    assert found.error == pytest.approx(reached, abs=1e-6)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_are_remembered(value):
     pool = Pool()
