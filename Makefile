@@ -11,14 +11,14 @@ CONSTRAINTS ?= -c constraints.txt
 CODE   := src tests benchmarks examples
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test wheel clean setup data browser
+.PHONY: demo test wheel clean setup data tools
 
 demo: setup data
 	@echo "== running the demo (four to five minutes on two quiet cores, seven on one)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 
-test: setup data browser
+test: setup data tools
 	@echo "== ruff, mypy"
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -56,14 +56,18 @@ data: .make/data
 	else echo "== data: no apt here, or not root; the demo will try a download"; fi
 	@mkdir -p .make && touch $@
 
-# One test opens a page in Chromium; where there is none, it is skipped, and says so.
-browser: .make/browser
+# Chromium opens a page, and a compiler and an emulator for ARM check its kernels; tests that lack them skip.
+tools: .make/tools
 
-.make/browser:
-	@if command -v chromium >/dev/null; then echo "== browser: Chromium is there"; \
+.make/tools:
+	@missing=""; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v aarch64-linux-gnu-g++ >/dev/null || missing="$$missing g++-aarch64-linux-gnu"; \
+	command -v qemu-aarch64 >/dev/null || missing="$$missing qemu-user"; \
+	if [ -z "$$missing" ]; then echo "== tools for tests: all there"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-	  echo "== browser: installing Debian's chromium, for a test"; \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
-	    || echo "== browser: apt could not install it; the test that opens a page will be skipped"; \
-	else echo "== browser: no apt here, or not root; the test that opens a page will be skipped"; fi
+	  echo "== tools for tests: installing$$missing"; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null \
+	    || echo "== tools for tests: apt could not install them; the tests that need them will be skipped"; \
+	else echo "== tools for tests: no apt here, or not root; the tests that need$$missing will be skipped"; fi
 	@mkdir -p .make && touch $@

@@ -33,6 +33,9 @@ std::vector<const Kernels*> runnable_kernels() {
            &avx2_kernels,
            &avx512_kernels,
 #endif
+#ifdef FOLDBIT_NEON
+           &neon_kernels,
+#endif
        })
     if ((supported & kernels->required) == kernels->required) runnable.push_back(kernels);
   return runnable;

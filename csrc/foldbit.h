@@ -84,6 +84,7 @@ enum Features : uint32_t { kAvx2 = 1, kAvx512F = 2, kAvx512Vpopcntdq = 4 };
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;    // only where the build has FOLDBIT_X86
 extern const Kernels avx512_kernels;  // only where the build has FOLDBIT_X86
+extern const Kernels neon_kernels;    // only where the build has FOLDBIT_NEON
 
 // dispatch.cpp: which kernels run. The best this machine has, unless another is forced.
 std::vector<const Kernels*> runnable_kernels();  // worst first

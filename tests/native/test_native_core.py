@@ -1,0 +1,65 @@
+"""The C++ core by itself: on 64-bit ARM under an emulator, and under sanitizers, against plain loops."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = [ROOT / "csrc" / f"{name}.cpp" for name in ("operations", "dispatch", "threads", "rows", "solve")]
+COMMON = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}"]
+X86 = {"portable": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512vpopcntdq"]}
+
+
+def need(program, package):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed (Debian: {package})")
+    return program
+
+
+def build(folder, compiler, options, kernels):
+    """Compile the checking program with these instruction sets, each file with its own flags."""
+    objects, running = [], []
+    sources = [(ROOT / "tests/native/check_kernels.cpp", []), *((source, []) for source in CORE)]
+    sources += [(ROOT / "csrc" / f"{name}.cpp", flags) for name, flags in kernels.items()]
+    for source, flags in sources:
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [compiler, *COMMON, *options, *flags, "-c", str(source), "-o", objects[-1]]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        if len(running) % 2 == 0:  # two at a time
+            running[-2].wait()
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    program = folder / "check_kernels"
+    subprocess.run([compiler, *options, "-pthread", *objects, "-o", str(program)], check=True)
+    return program
+
+
+def run(command, names):
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in names:
+        assert f"{name}: " in done.stdout
+    assert "threads at once are right" in done.stdout
+
+
+def test_neon_equals_plain_loops_under_an_emulator(tmp_path):
+    compiler = need("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
+    emulator = need("qemu-aarch64", "qemu-user")
+    program = build(tmp_path, compiler, ["-O2", "-static", "-DFOLDBIT_NEON"], {"portable": [], "neon": []})
+    run([emulator, program, "100"], ["portable", "neon"])
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizers, tmp_path):
+    compiler = need("g++", "g++")
+    machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    x86 = machine.startswith("x86_64")
+    options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    kernels = X86 if x86 else {"portable": []}
+    if x86:
+        options += ["-DFOLDBIT_X86", "-Wno-maybe-uninitialized"]  # which GCC finds in its own AVX-512 header
+    program = build(tmp_path, compiler, options, kernels)
+    run([program, "60"], ["portable"])
