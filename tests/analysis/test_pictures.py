@@ -39,7 +39,6 @@ def network(count, names=NAMES):
 
 STUDIES = {
     **{name: lambda name=name: sample(name) for name in ("normal", "student-t", "relu-normal", "log-normal")},
-    "few layers": lambda: network(2),
     "many layers": lambda: network(24),
     "many schemes": lambda: network(2, [*NAMES, "alt-2", "rg-2", "lsf-3"]),
     "one scheme": lambda: network(2, ["ls-1"]),

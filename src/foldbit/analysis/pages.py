@@ -143,7 +143,7 @@ def _weights(study: Study) -> list[Part]:
         ""
         if study.one_scale_set
         else " Every output channel has scales of its own: a line is the median of a level over the "
-        "channels, the band around it spans 80% of them."
+        "channels, the band around it spans 80% of them, and the area is the mean of their errors."
     )
     parts.append(
         report.Picture(

@@ -87,9 +87,10 @@ def write_page(path: str | os.PathLike[str], title: str, lead: str, sections: Se
 def accuracy_against_size(points: Mapping[str, tuple[float, float]]) -> Figure:
     """Test accuracy (0 to 1) over KiB on disk, a point a network."""
     figure, axes = _plot()
-    for name, (size, accuracy) in points.items():
-        axes.scatter(size, accuracy, s=90, color=COLOURS.get(name), zorder=3)
-        axes.annotate(name, (size, accuracy), xytext=(9, -4), textcoords="offset points")
+    for i, (name, (size, accuracy)) in enumerate(points.items()):
+        look = {"color": COLOURS.get(name), "marker": "osD^v"[i % 5]}
+        axes.scatter(size, accuracy, s=90, label=name, zorder=3, **look)
+    axes.legend()  # names beside the points would lie on each other where sizes are the same
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
