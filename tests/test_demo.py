@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import struct
 
 import pytest
@@ -37,6 +38,10 @@ def finished(tmp_path_factory, images):
 def test_it_leaves_a_page_results_and_packed_networks(finished):
     page = finished.read_text()
     assert page.count('src="data:image/png;base64,') == 5
+    assert "trained on 1 thread, timed on 1 thread" in page and "One seed: accuracies that differ by" in page
+    assert "on 364 test images: 0 is perfect" in page and ".363, ternary .190, 2 bits .117" in page
+    assert re.search("<td>stem.0</td><td>Conv2d</td><td>float</td>", page)
+    assert re.search(r"<td>stages.0.0.conv1</td><td>\w+</td><td>bits</td>", page)
     results = json.loads((finished.parent / "results.json").read_text())
     assert list(results) == ["float", "W1A2", "W1AT", "W1A1"]
     for name, result in results.items():
@@ -48,6 +53,10 @@ def test_it_leaves_a_page_results_and_packed_networks(finished):
         assert all(ratio > 0 for ratio in result["against_float"].values())
         assert all(0 < share < 1 for share in result["not_bitwise"].values())
         assert f"{result['accuracy']:.2%}" in page
+        # One definition: the summary's, of the same file.
+        found = fb.summary(fb.load_packed(packed), (1, 1, 28, 28))
+        assert result["compression"] == pytest.approx(found.compression)
+        assert f"{found.compression:.1f}×" in page
 
 
 def test_the_accuracy_is_that_of_the_file(finished, images):

@@ -35,6 +35,16 @@ def test_text_is_escaped(page):
     assert "<script" not in page and "&lt;script&gt;" in page and "T &lt;1&gt;" in page
 
 
+def test_names_of_networks_of_the_same_size_do_not_lie_on_each_other():
+    figure = report.accuracy_against_size(
+        {"float": (1000.0, 0.9), "W1AT": (80.0, 0.88), "W1A1": (80.0, 0.8799)}
+    )
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["float", "W1AT", "W1A1"]
+    assert not figure.axes[0].texts
+    report.pyplot.close(figure)
+
+
 def test_figures_are_closed_once_written(page):
     assert not report.pyplot.get_fignums()
 
