@@ -42,11 +42,11 @@ def encode(x: Tensor, scales: Tensor, dim: axes.Dims = -1) -> Tensor:
 
     Example:
         >>> import torch, foldbit as fb
-        >>> x, scales = torch.tensor([0.2, -0.9, 4.0]), torch.tensor([2.0, 2.0, 1.0])
+        >>> x, scales = torch.tensor([0.2, -0.9, 4.0]), torch.tensor([2.0, 1.5, 1.0])
         >>> fb.unfold(fb.encode(x, scales), scales)
-        tensor([ 1., -1.,  5.])
+        tensor([ 0.5000, -0.5000,  4.5000])
         >>> fb.unfold(fb.fold(x, scales), scales)
-        tensor([-1.,  1.,  5.])
+        tensor([-0.5000, -1.5000,  4.5000])
     """
     axes.check_float(x)
     levels = _levels(axes.spread(scales, x.shape, axes.normalize(x.ndim, dim)))
