@@ -145,26 +145,32 @@ def least_squares(fit: Fit, scales: Tensor) -> Tensor:
     Never worse than the given scales: the answer minimises error + ridge·‖v − given‖².
     """
     rest = fit.target - (fit.gram @ scales.unsqueeze(-1)).squeeze(-1)
-    return scales + solve_small(fit.gram, rest)
+    return scales + solve_small(_planes_first(fit.gram, 2), _planes_first(rest, 1)).movedim(0, -1)
+
+
+def _planes_first(x: Tensor, dims: int) -> Tensor:
+    """``[..., k]`` or ``[..., k, k]`` with the planes' dims in front, where a column is one run of memory."""
+    return x.movedim(tuple(range(-dims, 0)), tuple(range(dims))).contiguous()
 
 
 def solve_small(gram: Tensor, target: Tensor) -> Tensor:
     """(M + ridge)⁻¹·b for positive semi-definite k×k systems, by Cholesky without roots.
 
-    Written out over columns: a batch of a million tiny systems is what LAPACK is slowest at.
+    ``[k, k, ...], [k, ...] -> [k, ...]``. Written out over columns, for a batch of a million tiny systems is
+    what LAPACK is slowest at.
     """
-    planes = target.shape[-1]
-    y = list(target.unbind(-1))
+    planes = len(target)
+    y = list(target.unbind(0))
     lower: dict[tuple[int, int], Tensor] = {}
     pivots: list[Tensor] = []
     for j in range(planes):
         scaled = [lower[j, q] * pivots[q] for q in range(j)]
-        pivot = gram[..., j, j] + _RIDGE
+        pivot = gram[j, j] + _RIDGE
         for q in range(j):
             pivot = pivot - lower[j, q] * scaled[q]
         pivots.append(pivot.clamp(min=_RIDGE))
         for i in range(j + 1, planes):
-            entry = gram[..., i, j]
+            entry = gram[i, j]
             for q in range(j):
                 entry = entry - lower[i, q] * scaled[q]
             lower[i, j] = entry / pivots[j]
@@ -175,7 +181,7 @@ def solve_small(gram: Tensor, target: Tensor) -> Tensor:
     for i in reversed(range(planes)):
         for q in range(i + 1, planes):
             y[i] = y[i] - lower[q, i] * y[q]
-    return torch.stack(y, -1)
+    return torch.stack(y)
 
 
 def cone(planes: int, like: Tensor) -> Tensor:
@@ -202,18 +208,23 @@ def least_squares_in_cone(fit: Fit, scales: Tensor) -> Tensor:
     given = torch.linalg.solve_triangular(
         generators, scales.unsqueeze(-1), upper=True, unitriangular=True
     ).squeeze(-1)
+    # Planes first and the faces last, ``[k, k, ..., faces]``.
     faces = torch.tensor(list(itertools.product((0, 1), repeat=planes)), dtype=scales.dtype).to(scales.device)
-    both = faces.unsqueeze(2) * faces.unsqueeze(1)  # [faces, k, k]
-    off = torch.diag_embed(1 - faces)
-    gram, target, given = gram.unsqueeze(-3), target.unsqueeze(-2), given.unsqueeze(-2)
-    on_face = solve_small(gram * both + off, (target + _RIDGE * given) * faces)
+    shape = (*[1] * (scales.ndim - 1), len(faces))
+    on = faces.T.reshape(planes, *shape)
+    off = torch.diag_embed(1 - faces).permute(1, 2, 0).reshape(planes, planes, *shape)
+    gram, target, given = (
+        _planes_first(x, dims).unsqueeze(-1) for x, dims in ((gram, 2), (target, 1), (given, 1))
+    )
+    on_face = solve_small(gram * (on.unsqueeze(1) * on) + off, (target + _RIDGE * given) * on)
     weights = on_face.clamp(min=0)
-    explained = Fit(gram, target).gain(weights) - _RIDGE * (weights - given).square().sum(-1)
-    # Rounding may leave a weight that should be 0 a little below it.
-    slack = 1e-9 * on_face.abs().amax(-1, keepdim=True)
-    explained = torch.where((on_face >= -slack).all(-1), explained, -torch.inf)
-    best = explained.argmax(-1, keepdim=True).unsqueeze(-1)
-    return weights.gather(-2, best.expand(*best.shape[:-1], planes)).squeeze(-2) @ generators.T
+    explained = (weights * (2 * target - (gram * weights).sum(1)) - _RIDGE * (weights - given).square()).sum(
+        0
+    )  # Rounding may leave a weight that should be 0 a little below it.
+    slack = 1e-9 * on_face.abs().amax(0)
+    explained = torch.where((on_face >= -slack).all(0), explained, -torch.inf)
+    best = explained.argmax(-1, keepdim=True).expand(planes, *scales.shape[:-1], 1)
+    return weights.gather(-1, best).squeeze(-1).movedim(0, -1) @ generators.T
 
 
 def peeled_cells(rows: SortedRows, planes: int, refit: bool) -> tuple[Tensor, Fit]:
