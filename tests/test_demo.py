@@ -59,6 +59,16 @@ def test_it_leaves_a_page_results_and_packed_networks(finished):
         assert f"{found.compression:.1f}×" in page
 
 
+def test_speed_ups_of_unsteady_times_are_doubted():
+    def result(steady):
+        return demo.Result(0.9, 1.0, 10, 1.0, 1.0, {}, {}, {}, steady)
+
+    assert "TRUST" not in demo._note({"W1A2": result(True)}, "2 threads")
+    said = demo._note({"float": result(True), "W1A2": result(False), "W1A1": result(False)}, "2 threads")
+    assert said.startswith("DO NOT TRUST THE SPEED-UPS of W1A2, W1A1:")
+    assert said.endswith("trained on 2 threads, timed on 1 thread.")
+
+
 def test_the_accuracy_is_that_of_the_file(finished, images):
     results = json.loads((finished.parent / "results.json").read_text())
     found = data.fashion_mnist(images)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import textwrap
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ class Result:
         against_float, against_unpacked: time of the float network, and of the unpacked quantized one,
             divided by the packed one's: ``{batch size: ratio}``.
         not_bitwise: share of the packed network's time outside packed layers, ``{batch size: share}``.
-        warning: where the times are too unsteady to trust their ratios, what to tell the reader.
+        steady: whether the times were steady enough for their ratios to be trusted.
     """
 
     accuracy: float
@@ -64,7 +65,7 @@ class Result:
     against_float: dict[int, float]
     against_unpacked: dict[int, float]
     not_bitwise: dict[int, float]
-    warning: str = ""
+    steady: bool = True
 
 
 def run(
@@ -109,7 +110,7 @@ def run(
     for name, network in networks.items():
         results[name], guesses[name] = _measure(name, network, networks["float"], images, folder)
     threads = _threads_in_words(outcomes)
-    print(f"\n{table(_HEADER, _rows(results))}\n{_note(results, threads)}")
+    print(f"\n{table(_HEADER, _rows(results))}\n{textwrap.fill(_note(results, threads), 110)}")
     page = folder / "report.html"
     _write_report(page, images, networks, outcomes, results, guesses, _note(results, threads))
     records = {name: dataclasses.asdict(result) for name, result in results.items()}
@@ -140,7 +141,7 @@ def _measure(
     packed = convert.load_packed(path)  # what is measured from here on is what the file holds
     packed_guesses = loop.predictions(packed, images.test, normalize)
     x, _ = next(iter(batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
-    against_float, against_unpacked, not_bitwise, warnings = {}, {}, {}, []
+    against_float, against_unpacked, not_bitwise, steady = {}, {}, {}, True
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the field reports; and two on a busy machine wait for each other
     for batch in (1, _BATCH):
@@ -150,7 +151,7 @@ def _measure(
         against_float[batch] = times["float"].median / times["packed"].median
         against_unpacked[batch] = times["unpacked"].median / times["packed"].median
         not_bitwise[batch] = 1 - timing.bitwise_share(packed, inputs)
-        warnings.append(timing.warning(times))
+        steady = steady and not timing.warning(times)
     torch.set_num_threads(threads)
     size = path.stat().st_size
     return (
@@ -163,7 +164,7 @@ def _measure(
             against_float=against_float,
             against_unpacked=against_unpacked,
             not_bitwise=not_bitwise,
-            warning=next(filter(None, warnings), ""),
+            steady=steady,
         ),
         packed_guesses,
     )
@@ -189,10 +190,14 @@ _NOTE = (
 
 
 def _note(results: dict[str, Result], threads: str) -> str:
-    unsteady = [f" {name}: {r.warning}." for name, r in results.items() if r.warning]
-    return (
-        f"{_NOTE} Machine: {timing.processor()}; trained on {threads}, timed on 1 thread.{''.join(unsteady)}"
+    unsteady = [name for name, result in results.items() if not result.steady]
+    doubt = (
+        f"DO NOT TRUST THE SPEED-UPS of {', '.join(unsteady)}: other work kept this machine busy while they "
+        "were timed. "
+        if unsteady
+        else ""
     )
+    return f"{doubt}{_NOTE} Machine: {timing.processor()}; trained on {threads}, timed on 1 thread."
 
 
 def _threads_in_words(outcomes: dict[str, loop.Outcome]) -> str:
