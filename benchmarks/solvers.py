@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,21 @@ def native_scales(scheme: str, threads: int = 1) -> Solver:
     return lambda x: torch.from_numpy(native.solve_rows(x.numpy(), scheme, threads=threads)[0])
 
 
-def peers(scheme: str, ml_quant: Path | None) -> Iterator[tuple[str, Solver, bool]]:
-    """Name, solver, and whether that gives approximations (or else scales)."""
+@cache
+def lsb_quantizer() -> Any | None:
+    """torchao's, set to what it calls optimal; None where torchao cannot be imported, which is said."""
     try:
         torchao = importlib.import_module("torchao.prototype.parq.quant")
     except ImportError as error:
         print(f"torchao is left out: {error}", file=sys.stderr)
-    else:
-        quantizer = torchao.LSBQuantizer(center=False, optimal=True)
+        return None
+    return torchao.LSBQuantizer(center=False, optimal=True)
+
+
+def peers(scheme: str, ml_quant: Path | None) -> Iterator[tuple[str, Solver, bool]]:
+    """Name, solver, and whether that gives approximations (or else scales)."""
+    quantizer = lsb_quantizer()
+    if quantizer is not None:
         bits = 2 if scheme == "ls-2" else 0
         yield f"torchao {scheme}", lambda x: quantizer.quantize(x, bits, dim=-1)[0], True
     if ml_quant is not None:
