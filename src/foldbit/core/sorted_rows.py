@@ -66,7 +66,7 @@ class SortedRows(NamedTuple):
 
 def sort_rows(rows: Tensor) -> SortedRows:
     """Sort the magnitudes of finite rows ``[R, n]`` of any float dtype."""
-    keys = rows.abs().sort(1).values.double()
+    keys = rows.abs().contiguous().sort(1).values.double()  # a look-up in strided keys would copy them
     largest = keys[:, -1:]
     # A power of two, so that nothing rounds: largest / (its mantissa in [1, 2)).
     unit = torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1)
