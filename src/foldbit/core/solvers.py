@@ -25,8 +25,8 @@ from foldbit.core.schemes import Scheme
 Method = Literal["auto", "native", "sort", "histogram"]
 
 # Where the native core cannot run, rows of at least so many elements are searched by histograms. Both ways
-# are exact. Measured on a CPU (benchmarks/solvers.py --traced): below some 5,000 elements a histogram's tables
-# cost more than the row; here it takes half the time of sorting, at 200,000 a fifth, and compiled an eighth.
+# are exact. Measured on a CPU (benchmarks/solvers.py --traced): below some 5,000 elements histograms cost
+# more than the row; here they take half the time of sorting, at 200,000 a fifth, and compiled an eighth.
 _LONG = 8192
 
 
