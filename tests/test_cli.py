@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "summary", "pack", "bench", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "summary", "pack", "analyze", "bench", "demo"])
 def test_help_says_what_a_command_does_and_takes(command):
     text = foldbit(command, "--help").stdout
     assert "--config" in text and "--print_config" in text
@@ -56,7 +56,7 @@ def test_help_says_what_a_command_does_and_takes(command):
 
 def test_help_lists_the_commands():
     text = foldbit("--help").stdout
-    for command in ("train", "evaluate", "summary", "pack", "bench", "demo"):
+    for command in ("train", "evaluate", "summary", "pack", "analyze", "bench", "demo"):
         assert command in text
 
 

@@ -718,3 +718,12 @@ def test_a_quantized_model_that_is_filled_has_no_quantized_layers_left(good, tmp
     model = fb.load_packed(tmp_path / "a.safetensors", quantized_model())
     assert not any(isinstance(m, QuantConv2d) for m in model.modules())
     assert sum(isinstance(m, PackedLayer) for m in model.modules()) == 6
+
+
+def test_where_a_file_cannot_be_written(tmp_path):
+    model = packed_model()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing; create it"):
+        fb.save_packed(model, tmp_path / "missing" / "model.safetensors")
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        fb.save_packed(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -97,8 +97,17 @@ def serialize(model: nn.Module, architecture: Architecture | None = None) -> byt
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, then renamed."""
+    """Write a file whole or not at all: under a temporary name beside it, then renamed.
+
+    Raises:
+        FileNotFoundError: where the folder is missing.
+        IsADirectoryError: where there is a folder of that name.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -121,7 +130,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no packed file at {path}")
+        raise FileNotFoundError(f"no packed file at {path}{', but a folder' if path.is_dir() else ''}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -152,4 +152,14 @@ def _output(x: Tensor, weight_scales: Tensor, out_size: Pair) -> Tensor:
 
 
 torch.library.impl("foldbit::packed_conv", "CPU", _on_cpu)
+
+
+def _refuse_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "packed layers are for inference and pass no gradient on; take gradients of the quantized network, "
+        "before foldbit.pack_"
+    )
+
+
 torch.library.register_fake("foldbit::packed_conv", _fake)
+torch.library.register_autograd("foldbit::packed_conv", _refuse_gradient)
