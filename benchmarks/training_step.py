@@ -30,7 +30,7 @@ NETWORKS = {
 
 
 def training_step(
-    model: str, batch: int, image: tuple[int, ...], quant: QuantConfig | None, *, compiled: bool = False
+    model: str, batch: int, image: tuple[int, ...], quant: QuantConfig | None
 ) -> Callable[[], None]:
     """One step of Adam on random images, as :mod:`foldbit.training.loop` takes it."""
     torch.manual_seed(0)
@@ -38,12 +38,11 @@ def training_step(
     if quant is not None:
         convert.quantize_(network, quant, overrides=models.float_layers(network))
     network.train()
-    forward = torch.compile(network, fullgraph=True) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     x, labels = torch.randn(batch, *image), torch.randint(10, (batch,))
 
     def step() -> None:
-        loss = F.cross_entropy(forward(x), labels)
+        loss = F.cross_entropy(network(x), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,13 +50,13 @@ def training_step(
     return step
 
 
-def measure(network: str, seconds: float, compiled: bool) -> list[list[object]]:
+def measure(network: str, seconds: float) -> list[list[object]]:
     """Rows of the table: scheme, time against float, time against ls-1, and its quartiles."""
     model, batch, image, options = NETWORKS[network]
-    steps = {"float": training_step(model, batch, image, None, compiled=compiled)}
+    steps = {"float": training_step(model, batch, image, None)}
     for scheme in SCHEMES:
         quant = QuantConfig("ls-1", scheme, **options)
-        steps[scheme] = training_step(model, batch, image, quant, compiled=compiled)
+        steps[scheme] = training_step(model, batch, image, quant)
     times = timing.interleaved(steps, seconds=seconds)
     unit, one_bit = times["float"].median, times["ls-1"].median
     return [
@@ -77,16 +76,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=30.0, help="for each network")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for network in arguments.networks:
         model, batch, image, options = NETWORKS[network]
-        rows = measure(network, arguments.seconds, arguments.compile)
+        rows = measure(network, arguments.seconds)
         shown = ", ".join(f"{key}={value}" for key, value in options.items())
         print(
-            f"\n{network}: {model}, batch {batch} of {'×'.join(map(str, image))}, {shown}"
-            f"{', compiled' if arguments.compile else ''}\n{timing.machine()}, load {os.getloadavg()[0]:.1f}"
+            f"\n{network}: {model}, batch {batch} of {'×'.join(map(str, image))}, {shown}\n"
+            f"{timing.machine()}, load {os.getloadavg()[0]:.1f}"
         )
         print(table(["activations", "time / float", "time / ls-1", "quartiles / ls-1", "ms"], rows))
 
