@@ -120,6 +120,28 @@ def test_factors_of_rank_1_are_non_negative(name):
     assert float(q.values().square().sum()) == pytest.approx(largest**2, abs=1e-13 * energy)
 
 
+@pytest.mark.parametrize("angle", [0.3, 1.0, 2.0, 2.5])
+def test_factors_of_rank_1_are_non_negative_whatever_leading_vectors_are_mixed(angle, monkeypatch):
+    """The leading singular value of equal blocks is a multiple one, and LAPACK may mix its vectors."""
+    x = torch.from_numpy(block_diagonal(np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 2.0]]), 2))
+    eigh = torch.linalg.eigh
+
+    def mixed(gram):
+        values, vectors = eigh(gram)
+        cos, sin = np.cos(angle), np.sin(angle)
+        turned = vectors[..., -2:] @ torch.tensor([[cos, -sin], [sin, cos]], dtype=gram.dtype)
+        vectors = torch.cat([vectors[..., :-2], turned], -1)
+        torch.testing.assert_close(vectors @ values.diag() @ vectors.T, gram)
+        return torch.return_types.linalg_eigh((values, vectors))
+
+    monkeypatch.setattr(torch.linalg, "eigh", mixed)
+    q = fb.low_rank(x, "ls-1", 1)
+    assert (q.left >= 0).all() and (q.right >= 0).all()
+    singular = np.linalg.svd(x.numpy(), compute_uv=False) ** 2
+    assert singular[0] == pytest.approx(singular[1])
+    assert lost(x, q) == pytest.approx(1 - singular[0] / singular.sum(), abs=1e-13)
+
+
 SMALL = hnp.arrays(
     np.float64,
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
