@@ -1,5 +1,6 @@
 # make demo    train, pack and run a network on real images; the page it writes is the quickest tour
 # make test    everything CI checks: ruff, mypy, pytest
+# make bench   time the kernels and whole networks against other engines, one core kept busy for ten minutes
 # make wheel   build sdist and wheel, and try the wheel where there is no compiler
 # make clean   remove the virtual environment and everything built
 
@@ -11,7 +12,7 @@ CONSTRAINTS ?= -c constraints.txt
 CODE   := src tests benchmarks examples
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test wheel clean setup data tools
+.PHONY: demo test bench wheel clean setup data tools
 
 demo: setup data
 	@echo "== running the demo (four to five minutes on two quiet cores, seven on one)"
@@ -25,6 +26,12 @@ test: setup data tools
 	$(BIN)/mypy
 	@echo "== pytest"
 	$(BIN)/pytest
+
+bench: .make/bench
+	@echo "== benchmarks (about ten minutes; leave the machine alone meanwhile)"
+	$(BIN)/python benchmarks/kernels.py --json runs/bench/kernels.json --plot runs/bench/kernels.png
+	$(BIN)/python benchmarks/networks.py --json runs/bench/networks.json --plot runs/bench/networks.png
+	@echo "== make bench: done; numbers and pictures are in runs/bench"
 
 wheel: setup
 	bash tests/wheel_smoke.sh $(BIN)/python
@@ -43,6 +50,11 @@ setup: .make/setup
 	$(BIN)/python -m pip install --quiet --upgrade pip $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
 	@mkdir -p .make && touch $@
+
+.make/bench: .make/setup
+	@echo "== setting up the engines to compare with: OpenVINO, ONNX Runtime"
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]' $(CONSTRAINTS)
+	@touch $@
 
 # Fashion-MNIST is a Debian package; where that cannot be had, foldbit looks elsewhere, and says so.
 data: .make/data

@@ -5,7 +5,7 @@
 
 One thread, pinned to one core, unless a table says otherwise. All candidates of a row take turns, so that
 whatever else the machine does hits all alike: trust the ratios, not the times. Peers are checked against a
-float reference before they are timed (benchmarks/peers.py). A time is a median; its quartiles are in the JSON.
+float reference before they are timed (benchmarks/peers.py). Times are medians; the JSON has quartiles, too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from results import (
     fastest,
     load,
     microseconds,
+    native_calls,
     pin,
     show_goals,
     where,
@@ -129,27 +130,15 @@ class Layer:
 
     def kernel(self, threads: int = 1) -> Callable[[], object]:
         """The native call inside it."""
-        x, packed = self.x.numpy(), self.layer
-        pad, size = self.case.kernel // 2, self.case.out_size
-        assert packed.input_scales is not None and packed.thresholds is not None and packed.flips is not None
-        assert packed.output_bias is not None and packed.slopes is not None
-        return partial(
-            native.conv,
-            x,
-            packed.words.numpy().view(np.uint32),
-            packed.weight_scales.numpy(),
-            packed.input_scales.numpy(),
-            packed.output_bias.numpy(),
-            stride=(self.case.stride,) * 2,
-            padding=(pad, pad),
-            out_size=(size, size),
-            thresholds=packed.thresholds.numpy(),
-            flips=packed.flips.numpy().view(np.uint32),
-            slopes=packed.slopes.numpy(),
-            residual=self.residual.permute(0, 2, 3, 1).numpy(),
-            out=np.empty((1, size, size, self.case.out_channels), np.float32),
-            threads=threads,
-        )
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with native_calls() as calls, torch.no_grad():
+                self.module()()
+        finally:
+            torch.set_num_threads(before)
+        (call,) = calls
+        return call
 
     def packing(self) -> Callable[[], object]:
         """The first step of it: floats to words."""
@@ -225,6 +214,7 @@ class Benchmark:
         self.shapes = ((32, 6), (48, 5)) if quick else SHAPES
         self.goals: list[Goal] = []
         self.results: dict[str, Any] = {}
+        self.timed = self.unsteady = 0
         try:
             self.peak = peak_loop()
             self.why_no_peak = "this machine has no AVX-512 VPOPCNTDQ"
@@ -234,7 +224,10 @@ class Benchmark:
     def time(self, candidates: dict[str, Callable[[], object]], share: float = 1.0) -> Times:
         """All candidates in turn."""
         rounds = 3 if self.quick else 9
-        return timing.interleaved(candidates, seconds=self.seconds * share, rounds=rounds)
+        times = timing.interleaved(candidates, seconds=self.seconds * share, rounds=rounds)
+        self.timed += len(times)
+        self.unsteady += sum(t.spread > timing.UNSTEADY for t in times.values())
+        return times
 
     def goal(self, what: str, value: float, needed: float, note: str = "") -> None:
         """Note a goal, in a real run."""
@@ -597,11 +590,15 @@ def main() -> None:
     for name in TABLES:
         if name in arguments.only and name != "threads":
             getattr(bench, name)()
-    bench.results |= {"goals": bench.goals, "load after": round(load(), 2)}
+    bench.results |= {"goals": bench.goals, "load after": round(load(), 2), "unsteady": bench.unsteady}
     if bench.goals:
         print(f"\n{show_goals(bench.goals)}")
         print(f"{sum(goal.met for goal in bench.goals)} of {len(bench.goals)} met")
     print(f"load at the end {load():.1f}")
+    print(
+        f"{bench.unsteady} of {bench.timed} times have quartiles more than {timing.UNSTEADY:.0%} of the median "
+        "apart: of those, ratios say little"
+    )
     write(arguments.json, bench.results)
     if arguments.plot and "layers" in bench.results:
         draw(arguments.plot, bench.picture, (13, 5.5))

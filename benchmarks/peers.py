@@ -6,7 +6,7 @@ What an engine takes for a layer inside a network is what counts, not what it ta
 own memory order and back. So a graph engine runs a *chain* of layers; a chain of three less a chain of one is
 two layers. Every runner's output is checked before anything is timed.
 
-What to know of OpenVINO's BinaryConvolution: the FakeQuantize before it must give 0 and 1, not ±1; its weights
+What to know of OpenVINO's BinaryConvolution: the FakeQuantize before it must give 0 and 1, not ±1; weights
 are 1 where they are positive, eight to a byte, the lowest bit first, and the memory behind a tensor must be
 kept alive by whoever made it. A pad value of 0 leaves padded taps out, as zero padding does in float.
 """

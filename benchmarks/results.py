@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from foldbit import timing
+from foldbit.kernels import native
 from foldbit.tables import table
 from foldbit.timing import Timing
 
@@ -84,8 +88,34 @@ def load() -> float:
 
 
 def where() -> dict[str, Any]:
-    """The machine, and how busy it is."""
-    return {"processor": timing.processor(), "cores": len(cores()), "load before": round(load(), 2)}
+    """The machine, how busy it is, and versions of what is compared."""
+    versions = {}
+    for name in ("foldbit", "torch", "openvino", "onnxruntime"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "processor": timing.processor(),
+        "cores": len(cores()),
+        "load before": round(load(), 2),
+        "versions": versions,
+    }
+
+
+@contextmanager
+def native_calls() -> Iterator[list[Callable[[], object]]]:
+    """Convolutions that packed layers ask of the native core meanwhile, each to be repeated at will."""
+    calls: list[Callable[[], object]] = []
+    original = native.conv
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(partial(original, *args, **kwargs))
+        return original(*args, **kwargs)
+
+    native.conv = noting  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        native.conv = original
 
 
 def microseconds(time: Timing) -> str:
