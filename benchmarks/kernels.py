@@ -499,8 +499,7 @@ class Benchmark:
         left.set(yscale="log", ylabel="µs a layer, one thread", title="3×3 layers: a lower bar is faster")
         left.set_xticks(range(len(layers)), list(layers))
         left.legend(fontsize=8, ncols=2)
-        top = left.get_ylim()[1]
-        left.set_ylim(top=top * 4)  # room for the legend
+        left.set_ylim(bottom=min(10.0, left.get_ylim()[0]), top=left.get_ylim()[1] * 4)  # room for the legend
         core = {k: v["share"] for k, v in self.results.get("core", {}).items()}
         right.barh(list(core), [100 * share for share in core.values()])
         right.invert_yaxis()
@@ -596,8 +595,8 @@ def main() -> None:
         print(f"{sum(goal.met for goal in bench.goals)} of {len(bench.goals)} met")
     print(f"load at the end {load():.1f}")
     print(
-        f"{bench.unsteady} of {bench.timed} times have quartiles more than {timing.UNSTEADY:.0%} of the median "
-        "apart: of those, ratios say little"
+        f"{bench.unsteady} of {bench.timed} times have quartiles more than {timing.UNSTEADY:.0%} of the "
+        "median apart: of those, ratios say little"
     )
     write(arguments.json, bench.results)
     if arguments.plot and "layers" in bench.results:

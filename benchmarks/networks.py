@@ -214,7 +214,7 @@ def peer_networks(
         runs = {"torch eager": model}
         if compiled:
             torch._dynamo.reset()  # what was compiled for other numbers of threads
-            runs["torch.compile"] = torch.compile(model)
+            runs["torch.compile"] = torch.compile(model, options={"freezing": True})  # weights are constants
         for name, module in runs.items():
             call = partial(_no_grad, module, images)
             try:
@@ -297,27 +297,31 @@ def _stopwatch(modules: dict[str, list[nn.Module]], taken: dict[str, float]) -> 
 @torch.no_grad()
 def where_time_goes(model: nn.Module, x: Tensor, runs: int) -> dict[str, float]:
     """Seconds that each kind of work takes in a packed network: medians of several runs."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLayer)]
-    shortcuts = [m for n, m in model.named_modules() if n.endswith("shortcut") and len(list(m.children()))]
+    net: Any = model
     loose = (nn.BatchNorm2d, nn.ReLU, nn.Identity, Absorbed)
     parts: dict[str, list[nn.Module]] = {
-        "stem": [model.stem],  # type: ignore[list-item]
-        "shortcuts": shortcuts,
-        "bitwise layers": packed,
-        "pooling, classifier": [model.pool, model.classifier],  # type: ignore[list-item]
+        "stem": [net.stem],
+        "shortcuts": [m for n, m in model.named_modules() if n.endswith("shortcut") and len(m._modules)],
+        "pooling, classifier": [net.pool, net.classifier],
         "other modules": [
-            m for n, m in model.stages.named_modules() if isinstance(m, loose) and "shortcut." not in n
-        ],  # type: ignore[union-attr]
+            m for n, m in net.stages.named_modules() if isinstance(m, loose) and "shortcut." not in n
+        ],
     }
-    found: dict[str, list[float]] = {name: [] for name in (*parts, "framework between them")}
+    layers, kernels = "bitwise layers", "bitwise layers: native calls"
+    watched = {**parts, layers: [m for m in model.modules() if isinstance(m, PackedLayer)]}
+    found: dict[str, list[float]] = {}
     for _ in range(runs + 1):
-        taken = dict.fromkeys(parts, 0.0)
-        with _stopwatch(parts, taken):
+        taken = dict.fromkeys(watched, 0.0)
+        inside: list[float] = []
+        with _stopwatch(watched, taken), native_calls(inside):
             start = time.perf_counter()
             model(x)
             whole = time.perf_counter() - start
-        for name, seconds in {**taken, "framework between them": whole - sum(taken.values())}.items():
-            found[name].append(seconds)
+        between = whole - sum(taken.values())
+        around = taken.pop(layers) - sum(inside)
+        split = {kernels: sum(inside), "bitwise layers: around them": around}
+        for name, seconds in {**split, **taken, "framework between them": between}.items():
+            found.setdefault(name, []).append(seconds)
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 

@@ -14,6 +14,7 @@ kept alive by whoever made it. A pad value of 0 leaves padded taps out, as zero 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -375,7 +376,9 @@ def torch_dynamic_int8(weight: Tensor, bias: Tensor, x: Tensor) -> Runner:
     layer = torch.nn.Linear(*weight.shape[::-1])
     layer.load_state_dict({"weight": weight, "bias": bias})
     layer.qconfig = default_dynamic_qconfig
-    quantized = Linear.from_float(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a later torch will not have it any more
+        quantized = Linear.from_float(layer)
 
     @torch.no_grad()
     def call() -> Tensor:

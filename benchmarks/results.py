@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -102,14 +103,22 @@ def where() -> dict[str, Any]:
 
 
 @contextmanager
-def native_calls() -> Iterator[list[Callable[[], object]]]:
-    """Convolutions that packed layers ask of the native core meanwhile, each to be repeated at will."""
+def native_calls(seconds: list[float] | None = None) -> Iterator[list[Callable[[], object]]]:
+    """Convolutions that packed layers ask of the native core meanwhile, each to be repeated at will.
+
+    Args:
+        seconds: gets what each takes.
+    """
     calls: list[Callable[[], object]] = []
     original = native.conv
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         calls.append(partial(original, *args, **kwargs))
-        return original(*args, **kwargs)
+        start = time.perf_counter()
+        result = original(*args, **kwargs)
+        if seconds is not None:
+            seconds.append(time.perf_counter() - start)
+        return result
 
     native.conv = noting  # type: ignore[assignment]
     try:
