@@ -9,13 +9,16 @@ namespace {
 
 // Walk down the tree of thresholds, level by level, for up to 32 values at once: compare(node) has a bit set
 // where a value is below the node's threshold, and visit(level, bits) gets each plane's bits, not yet flipped.
-template <class Compare, class Visit>
-void walk_thresholds(int planes, Compare compare, Visit visit) {
-  uint32_t reach[1 << kMaxThresholdPlanes];  // which values come by each node of the level
+template <int kPlanes, class Compare, class Visit>
+void walk_thresholds(Compare compare, Visit visit) {
+  uint32_t reach[1 << kPlanes];  // which values come by each node of the level
   reach[0] = ~0u;
-  for (int level = 0, first = 0; level < planes; first += 1 << level++) {
+  FOLDBIT_UNROLL
+  for (int level = 0; level < kPlanes; ++level) {
+    const int first = (1 << level) - 1;
     uint32_t bits = 0;
-    for (int i = (1 << level) - 1; i >= 0; --i) {  // backwards: the next level's nodes take the same memory
+    FOLDBIT_UNROLL
+    for (int i = first; i >= 0; --i) {  // backwards: the next level's nodes take the same memory
       const uint32_t here = reach[i], below = here & compare(first + i);
       bits |= below;
       reach[2 * i] = below;
@@ -26,7 +29,7 @@ void walk_thresholds(int planes, Compare compare, Visit visit) {
 }
 
 // Channels side by side in memory (channels-last): lanes are channels.
-template <class V>
+template <class V, int kPlanes>
 void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int64_t plane) {
   const int64_t channels = pack.channels / pack.runs;
   const int64_t node = pack.runs * pack.words * kWordBits;
@@ -38,8 +41,7 @@ void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int6
       const uint32_t used = lanes == kWordBits ? ~0u : (1u << lanes) - 1;
       const auto low = load_some<V>(x + first, static_cast<int>(smaller(lanes, kLanes)));
       const auto high = load_some<V>(x + first + kLanes, static_cast<int>(larger(lanes - kLanes, 0)));
-      walk_thresholds(
-          pack.planes,
+      walk_thresholds<kPlanes>(
           [&](int i) {
             const float* t = thresholds + i * node;
             return V::below(low, V::load(t)) | V::below(high, V::load(t + kLanes)) << kLanes;
@@ -66,8 +68,9 @@ void pack_channel_lanes(const Pack& pack, const float* x, const float* scales, u
     }
 }
 
-// Any other memory order: lanes are pixels, channels come one after another.
-template <class V>
+// Any other memory order: lanes are pixels, channels come one after another. By thresholds where there are
+// kThresholdPlanes planes, by scales where that is 0.
+template <class V, int kThresholdPlanes>
 void pack_pixel_lanes(const Pack& pack, const float* x, const float* scales, uint32_t* out, int64_t plane,
                       int pixels) {
   const int64_t channels = pack.channels / pack.runs;
@@ -87,12 +90,11 @@ void pack_pixel_lanes(const Pack& pack, const float* x, const float* scales, uin
           for (int p = 0; p < pixels; ++p) gathered[p] = x[p * pack.stride_x];
           r = V::load(gathered);
         }
-        if (pack.thresholds) {
+        if constexpr (kThresholdPlanes > 0) {
           const int64_t word = run * pack.words + first / kWordBits;
           const float* thresholds = pack.thresholds + word * kWordBits + (c - first);
           const uint32_t flip = pack.flips[word] & bit ? ~0u : 0;
-          walk_thresholds(
-              pack.planes,
+          walk_thresholds<kThresholdPlanes>(
               [&](int i) { return V::below(r, V::broadcast(thresholds[i * pixel * kWordBits])); },
               [&](int i, uint32_t bits) { words[i] = V::mark_lanes(words[i], bits ^ flip, bit); });
           continue;
@@ -111,8 +113,8 @@ void pack_pixel_lanes(const Pack& pack, const float* x, const float* scales, uin
     }
 }
 
-template <class V>
-void pack_row(const Pack& pack, int64_t image, int64_t y, int64_t begin, int64_t end) {
+template <class V, int kThresholdPlanes>
+void pack_row_by(const Pack& pack, int64_t image, int64_t y, int64_t begin, int64_t end) {
   const float* row = pack.x + image * pack.stride_image + y * pack.stride_y;
   const float* scales = pack.scales + image * pack.planes;
   const int64_t pixel = pack.runs * pack.words;
@@ -120,15 +122,26 @@ void pack_row(const Pack& pack, int64_t image, int64_t y, int64_t begin, int64_t
   uint32_t* out = pack.out + (image * pack.height + y) * pack.width * pixel;
   if (pack.stride_channel == 1) {
     for (int64_t x = begin; x < end; ++x) {
-      if (pack.thresholds)
-        compare_channel_lanes<V>(pack, row + x * pack.stride_x, out + x * pixel, plane);
+      if constexpr (kThresholdPlanes > 0)
+        compare_channel_lanes<V, kThresholdPlanes>(pack, row + x * pack.stride_x, out + x * pixel, plane);
       else
         pack_channel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane);
     }
   } else {
     for (int64_t x = begin; x < end; x += kLanes)
-      pack_pixel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane,
+      pack_pixel_lanes<V, kThresholdPlanes>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane,
                           static_cast<int>(smaller(kLanes, end - x)));
+  }
+}
+
+template <class V>
+void pack_row(const Pack& pack, int64_t image, int64_t y, int64_t begin, int64_t end) {
+  switch (pack.thresholds ? pack.planes : 0) {
+    case 1: return pack_row_by<V, 1>(pack, image, y, begin, end);
+    case 2: return pack_row_by<V, 2>(pack, image, y, begin, end);
+    case 3: return pack_row_by<V, 3>(pack, image, y, begin, end);
+    case 4: return pack_row_by<V, 4>(pack, image, y, begin, end);
+    default: return pack_row_by<V, 0>(pack, image, y, begin, end);
   }
 }
 

@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foldbit as fb
 from foldbit.kernels import layout, native
@@ -192,3 +195,36 @@ def test_compile_with_the_default_backend():
     torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_whoever_watches_operators_sees_this_one():
+    """Plain inference goes past the dispatcher; modes, tracers and autograd do not miss it."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    arguments = PROBLEMS["conv"]
+    y = ops.packed_conv(*arguments)
+    with Seen():
+        assert torch.equal(ops.packed_conv(*arguments), y)
+    assert "foldbit.packed_conv.default" in names
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ops.packed_conv(mode.from_tensor(arguments[0]), *arguments[1:])
+    assert isinstance(fake, FakeTensor) and fake.shape == y.shape and fake.stride() == y.stride()
+    traced = make_fx(lambda x: ops.packed_conv(x, *arguments[1:]))(arguments[0])
+    assert "packed_conv" in traced.code
+    watched = ops.packed_conv(arguments[0].clone().requires_grad_(), *arguments[1:])
+    assert watched.requires_grad and torch.equal(watched, y)
+
+
+def test_the_default_dtype_is_no_matter():
+    arguments = PROBLEMS["conv"]
+    y = ops.packed_conv(*arguments)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(ops.packed_conv(*arguments), y)
+    finally:
+        torch.set_default_dtype(torch.float32)

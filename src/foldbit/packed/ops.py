@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from foldbit.kernels import native
 
@@ -66,10 +67,27 @@ def packed_conv(
     Raises:
         foldbit.kernels.native.KernelUnavailable: without the native core, unless the slow path was chosen.
     """
-    return torch.ops.foldbit.packed_conv.default(
+    arguments = (
         x, words, weight_scales, activation_scales, bias, stride, padding, dilation, out_size,
         thresholds, flips, slopes, residual,
     )  # fmt: skip
+    # The dispatcher takes longer than a small layer: plain inference goes past it.
+    if _nobody_watches(x):
+        return _on_cpu(*arguments)
+    convolved: Tensor = torch.ops.foldbit.packed_conv.default(*arguments)
+    return convolved
+
+
+def _nobody_watches(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor on the CPU, and neither autograd nor a tracer needs to see more."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.jit.is_tracing()
+        and not _get_current_dispatch_mode_stack()
+    )
 
 
 def _on_cpu(
@@ -87,10 +105,10 @@ def _on_cpu(
     slopes: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    out = _output(x, weight_scales, out_size)
+    out = torch.empty(x.shape[0], *out_size, weight_scales.shape[1], dtype=torch.float32)
     native.conv(
-        x.detach().numpy(),  # in grad mode the float layers before make x require a gradient
-        _view(words).view(np.uint32),
+        (x.detach() if x.requires_grad else x).numpy(),
+        _view(words),
         _view(weight_scales),
         _view(activation_scales) if len(x) == 1 else activation_scales.contiguous().numpy(),
         None if bias is None else _view(bias),
@@ -99,13 +117,13 @@ def _on_cpu(
         dilation=(dilation[0], dilation[1]),
         out_size=(out_size[0], out_size[1]),
         thresholds=None if thresholds is None else _view(thresholds),
-        flips=None if flips is None else _view(flips).view(np.uint32),
+        flips=None if flips is None else _view(flips),
         slopes=None if slopes is None else _view(slopes),
         residual=None if residual is None else _channels_last(residual),
-        out=out.permute(0, 2, 3, 1).numpy(),
+        out=out.numpy(),
         threads=torch.get_num_threads(),
     )
-    return out
+    return out.permute(0, 3, 1, 2)
 
 
 # NumPy's view of a tensor costs a microsecond, and a layer's constants are viewed again at every call.
@@ -119,6 +137,8 @@ def _view(constant: Tensor) -> NDArray[Any]:
     key = id(constant)
     # Of an alias, which holds the memory: a view of the tensor itself would keep that alive forever.
     view = constant.detach().contiguous().numpy()
+    if constant.dtype == torch.int32:  # words of bits: torch has few operations on unsigned ones
+        view = view.view(np.uint32)
     _views[key] = weakref.ref(constant, lambda _: _views.pop(key, None)), view
     return view
 
