@@ -202,13 +202,17 @@ void sweep(const Conv& conv, const Row& row, Place at) {
   const uint32_t* weights = conv.weights + (block * conv.segments + at.segment) * taps * conv.words * kLanes +
                             row.taps.begin * walk.weight_y;
 
+  const Interior inside = {larger(row.interior.begin, row.begin), smaller(row.interior.end, row.end)};
+  const int64_t length = larger(inside.end - inside.begin, 1);
+  const int64_t tile = ceil_div(length, ceil_div(length, kPixels));  // even tiles, not full ones and a small rest
   for (int64_t x = row.begin, pixels; x < row.end; x += pixels) {
     const int64_t start = x * conv.stride_w - conv.pad_left;
-    const Taps columns = taps_inside(start, conv.dilation_w, conv.kernel_w, conv.width);
-    pixels = 1;
-    if (row.interior.begin <= x && x < row.interior.end) {
-      const int64_t left = smaller(row.interior.end, row.end) - x;
-      pixels = ceil_div(left, ceil_div(left, kPixels));  // even tiles rather than full ones and a small rest
+    Taps columns = {0, conv.kernel_w};
+    if (inside.begin <= x && x < inside.end) {
+      pixels = smaller(tile, inside.end - x);
+    } else {
+      pixels = 1;
+      columns = taps_inside(start, conv.dilation_w, conv.kernel_w, conv.width);  // divides: not for every tile
     }
     walk.activations = activations + (start + columns.begin * conv.dilation_w) * runs * conv.words;
     walk.weights = weights + columns.begin * conv.words * kLanes;
