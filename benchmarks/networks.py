@@ -42,6 +42,7 @@ from foldbit.timing import Timing
 SCHEMES = {"W1A1": ("ls-1", "ls-1"), "W1A2": ("ls-1", "ls-2"), "W2A2": ("ls-2", "ls-2")}
 BLOCKS = ("regular", "xnor")
 CLAMP = 3.0
+TURN = 4  # calls in a row: the first finds its weights driven out of the caches by the network before it
 
 Calls = dict[str, Callable[[], object]]
 
@@ -357,8 +358,13 @@ def run(
         candidates = {
             k: v for name, call in candidates.items() for k, v in ((name, call), (f"pause {name}", _pause))
         }
-    times = timing.interleaved(candidates, seconds=seconds, rounds=3 if quick else 9)
-    times = {name: t for name, t in times.items() if not name.startswith("pause ")}
+    turns = {name: partial(_all, [call] * TURN) for name, call in candidates.items()}
+    found_times = timing.interleaved(turns, seconds=seconds, rounds=3 if quick else 9)
+    times = {
+        name: Timing(t.median / TURN, t.low / TURN, t.high / TURN)
+        for name, t in found_times.items()
+        if not name.startswith("pause ")
+    }
     int8 = min((t.median for name, t in times.items() if "OpenVINO int8" in name), default=float("nan"))
     rows = []
     for name, t in times.items():
