@@ -243,7 +243,8 @@ class PackedLayer(nn.Module):
         words = layout.disk_to_kernel(
             layer.planes.numpy(), spec.channels, groups=spec.groups, segments=spec.segments
         )
-        layer.words = torch.from_numpy(words.view("int32"))
+        # A copy: torch aligns its memory to whole vectors, NumPy does not, and loads across lines are slower.
+        layer.words = torch.from_numpy(words.view("int32")).clone()
         layer.lay_out()
 
     @torch.no_grad()
