@@ -46,5 +46,5 @@ def test_docstring_examples(name):
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda e: e.name)
 def test_examples_run(example, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(example), str(tmp_path / "out.png")])
-    runpy.run_path(str(example))
+    runpy.run_path(str(example), run_name="__main__")
     assert (tmp_path / "out.png").stat().st_size > 10_000
