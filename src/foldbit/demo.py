@@ -183,7 +183,7 @@ _HEADER = [
 
 _NOTE = (
     "Speed-ups are time ratios of whole networks in torch on one thread, medians of interleaved runs. "
-    "Not bitwise are the stem, the shortcuts, batch norm, ReLU and the framework, all in float. Bits per "
+    "Not bitwise are the stem, the shortcuts' convolutions, the classifier and the framework. Bits per "
     "weight count the quantized layers, scales included; compression counts the whole file. One seed: "
     "accuracies that differ by 0.3 points or less do not differ."
 )

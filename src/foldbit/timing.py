@@ -69,8 +69,8 @@ def warning(times: Mapping[str, Timing]) -> str:
 def bitwise_share(model: nn.Module, x: Tensor, *, runs: int = 15) -> float:
     """The share of a packed model's time that its packed layers take: all else is ordinary float work.
 
-    Packing the activations and applying the scales count as bitwise work, for it takes them; batch norm,
-    nonlinearities, shortcuts, the float layers and the framework do not.
+    Packing the activations, applying the scales and what a packed layer does for its neighbours count as
+    bitwise work, for it takes them; the float layers, what stands alone and the framework do not.
     """
     inside, starts = 0.0, [0.0]
 
