@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test bench wheel clean setup data tools
 
 demo: setup data
-	@echo "== running the demo (about four minutes on two quiet cores, six on one)"
+	@echo "== running the demo (about four minutes on two quiet cores)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 

@@ -214,6 +214,11 @@ def test_state_files_copies_and_unfusing(tmp_path):
     assert fb.pack_(fused) is fused and torch.equal(fused(x), y)
 
 
+def test_the_weight_is_the_layers_own():
+    plain, fused, _ = both(nn.Sequential(conv(5, 7), nn.BatchNorm2d(7)), (4, 5, 6, 6))
+    assert torch.equal(fused[0].weight(), plain[0].weight())
+
+
 def test_an_absorbed_batch_norm_does_not_learn_silently():
     _, fused, x = both(nn.Sequential(nn.BatchNorm2d(5), conv(5, 7)), (4, 5, 6, 6))
     with pytest.raises(RuntimeError, match="this BatchNorm2d is part of the layer next to it"):

@@ -49,6 +49,9 @@ def fuse_(model: nn.Module) -> FusionReport:
     """Let the packed layers of a model in evaluation take over what stands next to them.
 
     Float convolutions take over the batch norms behind them, too. Layers that did so before stay as they are.
+
+    The trace speaks for every later call: a forward pass must not skip a module that it called then, nor call
+    a module of a part from outside that part where only the parts can be traced.
     """
     report = FusionReport()
     names = {module: name for name, module in model.named_modules()}

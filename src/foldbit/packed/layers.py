@@ -155,13 +155,13 @@ class PackedLayer(nn.Module):
         )
 
     def weight(self) -> Tensor:
-        """The approximated weight, float32 ``[out, in/groups, kh, kw]``."""
+        """The approximated weight, float32 ``[out, in/groups, kh, kw]``, without any neighbour's work."""
         spec = self.spec
         shifts = torch.arange(8, dtype=torch.uint8)
         bits = (self.planes.unsqueeze(-1) >> shifts) & 1
         negative = bits.flatten(-2)[..., : spec.channels].bool()  # [k, out, kh, kw, in/groups]
         segmented = negative.unflatten(-1, (spec.segments, -1))
-        scales = self.weight_scales[:, :, None, None, :, None]
+        scales = self.scales.reshape(spec.weight_planes, spec.out_channels, 1, 1, spec.segments, 1)
         signed = torch.where(segmented, -scales, scales)
         return signed.sum(0).flatten(-2).movedim(-1, 1)
 
