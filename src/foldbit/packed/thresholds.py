@@ -6,8 +6,8 @@ their like work on every channel by itself and are monotone, so the point can as
 value that goes into them, channel by channel. Nothing of them is then left to compute.
 
 The points are found by bisection of the function as it is: 32 evaluations tell the exact float32 at which its
-bit changes, rounding included, whatever the function. NaN, which counts as positive when it is folded by scales,
-compares as not below: in channels whose function falls its bits are negative.
+bit changes, rounding included, whatever the function. NaN, which counts as positive when it is folded by
+scales, compares as not below: in channels whose function falls its bits are negative.
 """
 
 from __future__ import annotations
