@@ -225,6 +225,22 @@ def test_an_absorbed_batch_norm_does_not_learn_silently():
         fused.train()(x)
 
 
+def test_no_gradient_ends_silently():
+    _, fused, x = both(nn.Sequential(conv(5, 7)), (4, 5, 6, 6))
+    residual = torch.randn(4, 7, 6, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match="packed layers are for inference and pass no gradient on"):
+        fused[0](x, residual).sum().backward()
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(5, 8), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1))
+    fb.quantize_(model, STATIC, skip=("0",))
+    folded = fb.pack_(settled(model, x))[0]
+    assert isinstance(folded, FoldedConv2d)
+    with pytest.raises(RuntimeError, match=r"passes no gradient on; .* fuse=False"):
+        folded(x).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(folded(x), folded(x.clone())) and not folded(x).requires_grad
+
+
 @torch.no_grad()
 def test_a_residual_is_added_in_any_memory_order_and_rank():
     _, fused, x = both(nn.Sequential(conv(5, 7)), (4, 5, 6, 6))

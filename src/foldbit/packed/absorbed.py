@@ -87,12 +87,31 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolution and batch norm at once, channels-last: the order that packed layers take fastest."""
-        return self._conv_forward(x.contiguous(memory_format=_order(x)), *self._folded)
+        y = self._conv_forward(x.contiguous(memory_format=_order(x)), *self._folded)
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if wanted and not torch.compiler.is_compiling():
+            return _NoGradientHere.apply(y, *self.parameters())
+        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
         super()._apply(fn, recurse)
         _lay_out_again(self)
         return self
+
+
+class _NoGradientHere(torch.autograd.Function):
+    """The identity, where a gradient would end silently: the folded weight is not the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "this convolution does the work of a batch norm, for inference, and passes no gradient on; take "
+            "gradients before foldbit.pack_, or pack with fuse=False"
+        )
 
 
 def _order(x: Tensor) -> torch.memory_format:

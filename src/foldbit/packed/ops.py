@@ -72,7 +72,7 @@ def packed_conv(
         thresholds, flips, slopes, residual,
     )  # fmt: skip
     # The dispatcher takes longer than a small layer: plain inference goes past it.
-    if _nobody_watches(x):
+    if _nobody_watches(x) and (residual is None or _nobody_watches(residual)):
         return _on_cpu(*arguments)
     convolved: Tensor = torch.ops.foldbit.packed_conv.default(*arguments)
     return convolved
@@ -139,6 +139,8 @@ def _view(constant: Tensor) -> NDArray[Any]:
     view = constant.detach().contiguous().numpy()
     if constant.dtype == torch.int32:  # words of bits: torch has few operations on unsigned ones
         view = view.view(np.uint32)
+    if not constant.is_contiguous():
+        return view  # of a copy, which would not follow changes
     _views[key] = weakref.ref(constant, lambda _: _views.pop(key, None)), view
     return view
 
