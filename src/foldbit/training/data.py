@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from foldbit.packed import files
 from foldbit.training.idx import AnyPath, DataError, read_idx, read_stream
 from foldbit.training.images import ImageData, ImageSet, statistics
 
-Name = Literal["fashion-mnist", "digits"]
+Name = Literal["fashion-mnist", "mnist", "digits", "cifar10", "cifar100", "imagenet", "folder"]
+_HERE = ("fashion-mnist", "digits")
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -77,8 +78,8 @@ def load(
     Warns:
         DataFallback: where it falls back.
     """
-    if name not in get_args(Name):
-        raise DataError(f"unknown data set {name!r}; known are {', '.join(get_args(Name))}")
+    if name not in _HERE:
+        raise DataError(f"unknown data set {name!r}; known are {', '.join(_HERE)}")
     if name == "digits":
         if folder is not None:
             raise DataError(f"digits are part of scikit-learn and take no folder; got {os.fspath(folder)!r}")

@@ -31,7 +31,8 @@ class DataConfig:
         download: whether they may be downloaded where they cannot be found.
         train_images: train on the first so many only; None for all.
         augment: none; crop-flip, the paper's for CIFAR: pad by 4, crop at random, flip half of them; or
-            imagenet: a random part resized, flipped, its brightness, contrast and saturation changed by up to .4.
+            imagenet: a random part, resized; half of them flipped; brightness, contrast and saturation
+            changed by up to .4.
         image_size: height and width, of ``folder`` and ``imagenet``; None is 224 for imagenet, and for a
             folder the size that its images have, where they all have one.
         workers: processes that decode images; sets that are held in memory need none.
