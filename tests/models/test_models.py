@@ -25,6 +25,9 @@ from foldbit.models import registry
         ("resnet18-cifar", {"widths": [4, 8, 8, 12]}, (2, 3, 32, 32), 100),
         ("resnet18", {"widths": [4, 8, 8, 12]}, (2, 3, 64, 96), 1000),
         ("resnet18-cifar", {"widths": [4, 8, 8, 12], "block": "regular", "num_classes": 7}, (1, 3, 8, 8), 7),
+        ("resnet34", {"widths": [4, 4, 4, 4], "in_channels": 1}, (1, 1, 32, 32), 1000),
+        ("resnet50", {"widths": [4, 4, 4, 4], "shortcut": "single"}, (2, 3, 33, 32), 1000),
+        ("lenet5", {"in_channels": 3}, (2, 3, 32, 40), 10),
     ],
 )
 @torch.no_grad()
@@ -38,13 +41,34 @@ def test_names_are_sorted_and_known():
     assert {"lenet5", "resnet8-xnor", "resnet18", "resnet18-cifar"} <= set(models.names())
 
 
-def test_resnet18_has_the_layers_of_resnet18():
+@pytest.mark.parametrize(
+    "name, convolutions, parameters",
+    [  # torchvision's, whose stem is one of 7x7
+        ("resnet18", 20, 11_689_512),
+        ("resnet18-cifar", 20, 11_689_512 - 64 * 3 * (49 - 9)),
+        ("resnet34", 36, 21_797_672),
+        ("resnet50", 53, 25_557_032),
+    ],
+)
+def test_resnets_have_the_layers_of_resnets(name, convolutions, parameters):
     with torch.device("meta"):
-        model = models.create("resnet18-cifar", block="regular", in_channels=3, num_classes=1000)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == 20
-    # torchvision's 11,689,512, with a stem of 3x3 in place of 7x7.
-    assert sum(p.numel() for p in model.parameters()) == 11_689_512 - 64 * 3 * (49 - 9)
+        model = models.create(name, block="regular", num_classes=1000)
+    assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_arguments_that_a_model_takes():
+    assert models.arguments("lenet5") == ("num_classes", "in_channels")
+    assert {"block", "shortcut", "num_classes"} <= set(models.arguments("resnet50"))
+    with pytest.raises(ValueError, match="unknown model 'nope'; known are"):
+        models.arguments("nope")
+
+
+@torch.no_grad()
+def test_lenet_pools_only_what_is_not_28_by_28():
+    model = models.create("lenet5").eval()
+    x = torch.randn(2, 50, 4, 4)
+    assert torch.equal(model.fit(x), x)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +82,7 @@ def test_resnet18_has_the_layers_of_resnet18():
         ("lenet5", {"num_classes": True}, "num_classes is a whole number from 1"),
         ("lenet5", {"num_classes": "10"}, "num_classes is a whole number from 1"),
         ("lenet5", {"num_classes": 10**9}, "num_classes is a whole number from 1"),
+        ("lenet5", {"in_channels": 0}, "in_channels is a whole number from 1"),
         ("resnet8-xnor", {"widths": []}, "widths: expected a short sequence"),
         ("resnet8-xnor", {"widths": 64}, "widths: expected a short sequence"),
         ("resnet8-xnor", {"widths": [8, 8]}, "one width a stage"),

@@ -3,6 +3,7 @@
 from foldbit.models import lenet as lenet
 from foldbit.models import resnet as resnet
 from foldbit.models.registry import architecture_of as architecture_of
+from foldbit.models.registry import arguments as arguments
 from foldbit.models.registry import create as create
 from foldbit.models.registry import float_layers as float_layers
 from foldbit.models.registry import names as names

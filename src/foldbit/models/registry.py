@@ -32,6 +32,19 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_BUILDERS))
 
 
+def arguments(name: str) -> tuple[str, ...]:
+    """The arguments that a registered model takes by name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(names())}")
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(_BUILDERS[name]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
 def create(name: str, /, **kwargs: Any) -> nn.Module:
     """Build a registered model. It remembers its name and arguments, so that files can hold them.
 

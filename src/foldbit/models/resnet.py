@@ -1,10 +1,6 @@
-"""Residual networks of regular blocks, and of XNOR blocks that survive quantization.
+"""Residual networks of any depth, of regular blocks or XNOR blocks (:mod:`foldbit.models.blocks`).
 
-A regular block is conv → BN → ReLU, conv → BN, with one shortcut around both. An XNOR block normalises
-before it quantizes, BN → (clamp → quantize →) conv → nonlinearity, and has a shortcut around every
-convolution (Bi-Real net, Liu et al. 2018; Pouransari et al., arXiv 2001.02786, section 5). Both are plain
-float networks: ``foldbit.quantize_`` puts the quantizers in. The 1x1 convolutions of the shortcuts, the
-stem and the classifier are meant to stay float.
+He et al. 2016; Pouransari et al., arXiv 2001.02786, section 5. Stem and classifier are meant to stay float.
 """
 
 from __future__ import annotations
@@ -14,10 +10,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from foldbit.models.blocks import (
+    Nonlinearity,
+    RegularBlock,
+    RegularBottleneck,
+    Shortcut,
+    XnorBlock,
+    XnorBottleneck,
+)
 from foldbit.models.registry import register
-from foldbit.packed.absorbed import Absorbed
 
-Nonlinearity = Literal["relu", "prelu", "none"]
 Block = Literal["regular", "xnor"]
 Stem = Literal["small", "imagenet"]
 
@@ -29,17 +31,20 @@ class ResNet(nn.Module):
 
     Args:
         depths: blocks in each stage; every stage but the first halves the image.
-        widths: channels of each stage.
+        widths: channels of each stage; a bottleneck puts out four times as many.
         block: ``xnor`` or ``regular``.
         nonlinearity: after each convolution of an XNOR block.
         stem_stride: stride of the stem, a 3x3 convolution.
-        stem: ``small`` is that; ``imagenet`` a 7x7 convolution and a pooling, of stride 2 each, for images of
-            224x224 pixels.
         in_channels: channels of the images.
         num_classes: outputs.
+        stem: ``small`` is that; ``imagenet`` a 7x7 convolution and a pooling, of stride 2 each, for images of
+            224x224 pixels.
+        shortcut: of XNOR blocks: ``double`` around every convolution, ``single`` around the block.
+        bottleneck: blocks of three convolutions, as in ResNet-50, instead of two.
     """
 
     float_layers = ("*.shortcut.*",)  # beside the first and the last, which quantize_ leaves by itself
+    head = "classifier"  # what depends on the number of classes
 
     def __init__(
         self,
@@ -51,6 +56,8 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         stem: Stem = "small",
+        shortcut: Shortcut = "double",
+        bottleneck: bool = False,
     ) -> None:
         super().__init__()
         _check("depths", depths, _MAX_BLOCKS)
@@ -62,15 +69,8 @@ class ResNet(nn.Module):
             raise ValueError(f"block is 'regular' or 'xnor'; got {block!r}")
         if stem not in ("small", "imagenet"):
             raise ValueError(f"stem is 'small' or 'imagenet'; got {stem!r}")
-        large = stem == "imagenet"
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], 7, stride=2, padding=3, bias=False)
-            if large
-            else nn.Conv2d(in_channels, widths[0], 3, stride=stem_stride, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-            *([nn.MaxPool2d(3, stride=2, padding=1)] if large else []),
-        )
+        self.block = block
+        self.stem = _stem(in_channels, widths[0], stem_stride, large=stem == "imagenet")
         stages = []
         channels = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
@@ -78,10 +78,13 @@ class ResNet(nn.Module):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 if block == "xnor":
-                    blocks.append(XnorBlock(channels, width, stride, nonlinearity))
+                    xnor = XnorBottleneck if bottleneck else XnorBlock
+                    blocks.append(xnor(channels, width, stride, nonlinearity, shortcut))
+                    channels = width * xnor.EXPANSION
                 else:
-                    blocks.append(RegularBlock(channels, width, stride))
-                channels = width
+                    regular = RegularBottleneck if bottleneck else RegularBlock
+                    blocks.append(regular(channels, width, stride))
+                    channels = width * regular.EXPANSION
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -92,43 +95,6 @@ class ResNet(nn.Module):
         x = self.stem(x)  # [N, widths[0], H/stem_stride, W/stem_stride], or a quarter of the size
         x = self.stages(x)
         return self.classifier(self.pool(x).flatten(1))
-
-
-class XnorBlock(nn.Module):
-    """Two convolutions that each take a normalised input and have a shortcut of their own."""
-
-    def __init__(self, channels: int, width: int, stride: int, nonlinearity: Nonlinearity) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1)
-        self.act1 = _nonlinearity(nonlinearity, width)
-        self.shortcut = _shortcut(channels, width, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.act2 = _nonlinearity(nonlinearity, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, channels, H, W] -> [N, width, H/stride, W/stride]``."""
-        x = _convolve(self.conv1, self.act1, self.bn1(x), self.shortcut(x))
-        return _convolve(self.conv2, self.act2, self.bn2(x), x)
-
-
-class RegularBlock(nn.Module):
-    """The basic block of He et al. 2016."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(channels, width, stride)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, channels, H, W] -> [N, width, H/stride, W/stride]``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 @register("resnet8-xnor")
@@ -150,9 +116,10 @@ def resnet18_cifar(
     nonlinearity: Nonlinearity = "relu",
     in_channels: int = 3,
     num_classes: int = 100,
+    shortcut: Shortcut = "double",
 ) -> ResNet:
     """ResNet-18 with a 3x3 stem and no pooling, for images of 32x32 pixels."""
-    return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes)
+    return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes, shortcut=shortcut)
 
 
 @register("resnet18")
@@ -162,32 +129,51 @@ def resnet18(
     nonlinearity: Nonlinearity = "relu",
     in_channels: int = 3,
     num_classes: int = 1000,
+    shortcut: Shortcut = "double",
 ) -> ResNet:
     """ResNet-18 for images of 224x224 pixels."""
-    return ResNet((2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes, stem="imagenet")
+    return ResNet(
+        (2, 2, 2, 2), widths, block, nonlinearity, 1, in_channels, num_classes, "imagenet", shortcut
+    )
 
 
-def _convolve(conv: nn.Module, nonlinearity: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    """nonlinearity(conv(x)) + shortcut, by a packed layer that does it all at once where there is one."""
-    if isinstance(nonlinearity, Absorbed):
-        return conv(x, residual=shortcut)
-    return nonlinearity(conv(x)) + shortcut
+@register("resnet34")
+def resnet34(
+    block: Block = "xnor",
+    widths: Sequence[int] = (64, 128, 256, 512),
+    nonlinearity: Nonlinearity = "relu",
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    shortcut: Shortcut = "double",
+) -> ResNet:
+    """ResNet-34 for images of 224x224 pixels."""
+    return ResNet(
+        (3, 4, 6, 3), widths, block, nonlinearity, 1, in_channels, num_classes, "imagenet", shortcut
+    )
 
 
-def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
-    if channels == width and stride == 1:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
+@register("resnet50")
+def resnet50(
+    block: Block = "xnor",
+    widths: Sequence[int] = (64, 128, 256, 512),
+    nonlinearity: Nonlinearity = "relu",
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    shortcut: Shortcut = "double",
+) -> ResNet:
+    """ResNet-50, of blocks with a bottleneck, for images of 224x224 pixels."""
+    return ResNet(
+        (3, 4, 6, 3), widths, block, nonlinearity, 1, in_channels, num_classes, "imagenet", shortcut, True
+    )
 
 
-def _nonlinearity(name: Nonlinearity, width: int) -> nn.Module:
-    if name == "relu":
-        return nn.ReLU()
-    if name == "prelu":
-        return nn.PReLU(width)
-    if name == "none":
-        return nn.Identity()
-    raise ValueError(f"nonlinearity is 'relu', 'prelu' or 'none'; got {name!r}")
+def _stem(in_channels: int, width: int, stride: int, large: bool) -> nn.Sequential:
+    if not large:
+        conv = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+    conv = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+    # The largest of some values is the same before a ReLU, and behind the pooling a quarter of them is left.
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.MaxPool2d(3, stride=2, padding=1), nn.ReLU())
 
 
 def _check(what: str, sizes: Sequence[int], largest: int) -> None:
