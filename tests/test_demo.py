@@ -1,5 +1,6 @@
 """The demo end to end, on a handful of images in Fashion-MNIST's own format."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -10,7 +11,7 @@ import torch
 
 import foldbit as fb
 from foldbit import demo
-from foldbit.training import data, loop
+from foldbit.training import data, loop, mnist
 
 
 def write_idx(path, array):
@@ -94,7 +95,8 @@ def test_it_deletes_nothing_of_others(tmp_path, images):
 
 
 def test_without_fashion_mnist_it_says_so_loudly(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "nothing")
+    nowhere = dataclasses.replace(mnist.FASHION_MNIST, package=None)
+    monkeypatch.setattr(mnist, "FASHION_MNIST", nowhere)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(demo, "_train", lambda *_: pytest.fail("reached"))
     with pytest.warns(data.DataFallback, match="DIGITS INSTEAD"), pytest.raises(pytest.fail.Exception):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from foldbit.training.data import Name
+
 
 def train(run: str, threads: int | None = None, **recipe: Any) -> None:
     """Train a network into a run folder; the same command goes on after an interruption, for Ctrl-C saves.
@@ -26,7 +28,7 @@ def train(run: str, threads: int | None = None, **recipe: Any) -> None:
 
 def evaluate(
     what: str,
-    dataset: Literal["fashion-mnist", "digits"] | None = None,
+    dataset: Name | None = None,
     data: str | None = None,
     split: Literal["test", "train"] = "test",
     threads: int | None = None,
@@ -36,7 +38,7 @@ def evaluate(
     Args:
         what: a run folder, or a packed file (.safetensors) that knows its architecture.
         dataset: which images; those of the run that the network, or the packed file, lies in unless given.
-        data: a folder with Fashion-MNIST's files, where they are not found by themselves.
+        data: a folder with its files, where they are not found by themselves (docs/data.md).
         split: which images of the data set.
         threads: torch's threads; all, or one where that is faster, unless given.
     """

@@ -308,7 +308,7 @@ def _write_report(
                 [
                     report.Picture(
                         report.image_grid(
-                            [images.test.images[i, 0].numpy() for i in shown],
+                            [picture[0].numpy() for picture in images.test.pixels(shown)],
                             [classes[images.test.labels[i]] for i in shown],
                             {name: [classes[g[i]] for i in shown] for name, g in guesses.items()},
                         ),

@@ -1,14 +1,17 @@
-"""Data: hostile files, the places looked in, downloads, the fallback, and the order of batches."""
+"""IDX files, MNIST and Fashion-MNIST: hostile files, the places looked in, downloads, the fallback."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
 import os
 import struct
+import typing
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from foldbit.training import data, images
+from foldbit.training import data, mnist, recipes
 from foldbit.training import idx as idx_files
 from foldbit.training.data import DataFallback
 from foldbit.training.idx import DataError
-from foldbit.training.images import ImageData, ImageSet
 
-HALF = ((0.5,), (0.25,))
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data.FILES
+FILES = tuple(mnist.MNIST.files)
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
+(URL,) = mnist.FASHION_MNIST.urls
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -57,10 +60,16 @@ def write_files(folder: Path, contents: dict[str, bytes], *, zipped: bool = True
     return folder
 
 
+def change(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Change what is known of Fashion-MNIST."""
+    monkeypatch.setattr(mnist, "FASHION_MNIST", dataclasses.replace(mnist.FASHION_MNIST, **changes))
+
+
 def publish(monkeypatch: pytest.MonkeyPatch, contents: dict[str, bytes]) -> None:
-    """Make these contents the published ones."""
+    """Make these contents the published ones, of Fashion-MNIST and of MNIST."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(data, "FILES", digests)
+    change(monkeypatch, files=digests)
+    monkeypatch.setattr(mnist, "MNIST", dataclasses.replace(mnist.MNIST, files=digests))
 
 
 class Response(io.BytesIO):
@@ -78,7 +87,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def unreachable(url: str, **_: object) -> None:
         raise urllib.error.URLError("no network in tests")
 
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "no-debian")
+    change(monkeypatch, package=("dataset-fashion-mnist", tmp_path / "no-debian"))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
@@ -92,8 +101,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def urlopen(url: str, *, timeout: float) -> Response:
         urls.append(url)
-        assert url.startswith(data.URL) and timeout > 0
-        return Response(gzip.compress(contents[url.removeprefix(data.URL).removesuffix(".gz")]))
+        assert url.startswith(URL) and timeout > 0
+        return Response(gzip.compress(contents[url.removeprefix(URL).removesuffix(".gz")]))
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return urls
@@ -211,51 +220,6 @@ def test_idx_needs_a_file(tmp_path: Path) -> None:
         idx_files.read_idx(tmp_path / "pipe")
 
 
-# Image sets
-
-
-def image_set(count: int = 10, channels: int = 1) -> ImageSet:
-    """Images whose every value is their index, as their label is."""
-    index = torch.arange(count)
-    return ImageSet(index.to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, channels, 3, 2).contiguous(), index)
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (torch.zeros(2, 1, 3, 3), torch.zeros(2).long(), "got float32 [2, 1, 3, 3]"),
-        (torch.zeros(2, 3, 3).byte(), torch.zeros(2).long(), "got uint8 [2, 3, 3]"),
-        (torch.zeros(0, 1, 3, 3).byte(), torch.zeros(0).long(), "none of them 0"),
-        (torch.zeros(2, 1, 3, 3).byte(), torch.zeros(2), "labels are int64"),
-        (torch.zeros(2, 1, 3, 3).byte(), torch.zeros(2, 1).long(), "got int64 [2, 1]"),
-        (torch.zeros(2, 1, 3, 3).byte(), torch.zeros(3).long(), "2 images, but 3 labels"),
-        (torch.zeros(2, 1, 3, 3).byte(), torch.tensor([0, -1]), "labels count from 0; got -1"),
-    ],
-)
-def test_image_set_refuses(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
-    with pytest.raises(DataError) as caught:
-        ImageSet(images, labels)
-    assert message in str(caught.value)
-
-
-def test_image_set_can_be_sliced() -> None:
-    assert image_set()[2:4].labels.tolist() == [2, 3]
-    assert image_set()[torch.arange(10) > 7].images[:, 0, 0, 0].tolist() == [8, 9]
-    with pytest.raises(DataError, match="none of them 0"):
-        image_set()[:0]
-
-
-def test_image_data_refuses() -> None:
-    ten = tuple("0123456789")
-    with pytest.raises(DataError, match="a test label is 9; labels of 9 classes are 0 to 8"):
-        ImageData("x", image_set(9), image_set(10), ten[:9], (0.5,), (0.5,), "here")
-    with pytest.raises(DataError, match="differ in shape"):
-        ImageData("x", image_set(), image_set(channels=3), ten, (0.5,), (0.5,), "here")
-    for mean, std in [((0.5, 0.5), (0.5,)), ((0.5,), ()), ((0.5,), (0.0,)), ((float("nan"),), (0.5,))]:
-        with pytest.raises(DataError, match="one each for 1 channels"):
-            ImageData("x", image_set(), image_set(), ten, mean, std, "here")
-
-
 # Fashion-MNIST: where it is found
 
 
@@ -294,11 +258,11 @@ WRONG_FILES: dict[str, tuple[dict[str, bytes], str]] = {
     "train and test images swapped": (swapped(TRAIN_IMAGES, TEST_IMAGES), "20 images, but 40 labels"),
     "train and test labels swapped": (swapped(TRAIN_LABELS, TEST_LABELS), "40 images, but 20 labels"),
     "train and test swapped": (
-        dict(zip(data.FILES, [*small_fashion().values()][2:] + [*small_fashion().values()][:2], strict=True)),
+        dict(zip(FILES, [*small_fashion().values()][2:] + [*small_fashion().values()][:2], strict=True)),
         "are train and t10k swapped?",
     ),
     "train twice": (
-        dict(zip(data.FILES, [*small_fashion().values()][:2] * 2, strict=True)),
+        dict(zip(FILES, [*small_fashion().values()][:2] * 2, strict=True)),
         "same images for training and for testing",
     ),
     "label 10": ({**small_fashion(), TRAIN_LABELS: WRONG_LABELS}, "has the label 10; expected 0 to 9"),
@@ -334,7 +298,7 @@ def test_folder_of_wrong_files(tmp_path: Path, case: str) -> None:
 def test_named_folder_must_be_right(
     tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "DEBIAN", write_files(tmp_path / "debian", small_fashion()))
+    change(monkeypatch, package=("dataset-fashion-mnist", write_files(tmp_path / "debian", small_fashion())))
     contents = small_fashion()
     del contents[TEST_LABELS]
     with pytest.raises(DataError, match=f"lacks {TEST_LABELS} "):
@@ -348,13 +312,13 @@ def test_named_folder_must_be_right(
 
 def test_search_order(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "xdg" / "foldbit" / "fashion-mnist"
-    assert data.fashion_mnist().source == f"a download from {data.URL}, kept in {cache}"
-    assert asked == [f"{data.URL}{name}.gz" for name in data.FILES]
-    assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in data.FILES)
+    assert data.fashion_mnist().source == f"a download from {URL}, kept in {cache}"
+    assert asked == [f"{URL}{name}.gz" for name in FILES]
+    assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in FILES)
 
     assert data.fashion_mnist().source == f"an earlier download ({cache})"
 
-    monkeypatch.setattr(data, "DEBIAN", write_files(tmp_path / "debian", small_fashion()))
+    change(monkeypatch, package=("dataset-fashion-mnist", write_files(tmp_path / "debian", small_fashion())))
     assert data.fashion_mnist().source.startswith("Debian's package dataset-fashion-mnist")
 
     mine = write_files(tmp_path / "mine", small_fashion())
@@ -366,12 +330,12 @@ def test_failures_are_all_told(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         data.fashion_mnist(cache=tmp_path / "cache")
     message = str(caught.value)
-    assert f"{data.DEBIAN} is not a folder" in message
+    assert f"{tmp_path / 'no-debian'} is not a folder" in message
     assert f"{tmp_path / 'cache'} is not a folder" in message
     assert "no network in tests" in message
     assert "name that folder" in message
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(DataError, match="download: not allowed"):
+    with pytest.raises(DataError, match=r"a download from .*: not allowed"):
         data.fashion_mnist(download=False)
 
 
@@ -390,7 +354,7 @@ def test_download_repairs_the_cache(tmp_path: Path, asked: list[str]) -> None:
     cache = write_files(tmp_path / "cache", small_fashion())
     (cache / f"{TEST_IMAGES}.gz").write_bytes(b"damaged")
     assert len(data.fashion_mnist(cache=cache).test) == 20
-    assert asked == [f"{data.URL}{TEST_IMAGES}.gz"]
+    assert asked == [f"{URL}{TEST_IMAGES}.gz"]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +403,7 @@ REAL = Path("/usr/share/datasets/fashion-mnist")
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "DEBIAN", REAL)
+    change(monkeypatch, package=("dataset-fashion-mnist", REAL))
     real = data.fashion_mnist(download=False)
     assert (
         real.source == f"Debian's package dataset-fashion-mnist ({REAL})"
@@ -466,15 +430,95 @@ def test_digits() -> None:
     assert torch.equal(digits.test.images, data.digits().test.images)
 
 
+# MNIST
+
+
+def test_mnist_is_read_as_fashion_mnist_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_files(tmp_path / "mine" / "MNIST" / "raw", small_fashion(), zipped=False).parents[1]
+    found = mnist.mnist(folder)
+    assert (found.name, found.classes) == ("mnist", tuple("0123456789"))
+    np.testing.assert_array_equal(found.train.images[:, 0].numpy(), random_images(40, 1))
+    assert "not the published" in found.source
+    publish(monkeypatch, small_fashion())
+    assert "not the published" not in mnist.mnist(folder).source
+    with pytest.raises(DataError, match="nor MNIST/raw"):
+        mnist.mnist(write_files(tmp_path / "other" / "FashionMNIST" / "raw", small_fashion()).parents[1])
+
+
+def test_mnist_downloads_from_the_next_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = small_fashion()
+    publish(monkeypatch, contents)
+    first, second = mnist.MNIST.urls
+    urls = []
+
+    def urlopen(url: str, *, timeout: float) -> Response:
+        urls.append(url)
+        name = url.rpartition("/")[2]
+        if url == first + f"{TRAIN_LABELS}.gz":
+            raise urllib.error.URLError("down")
+        if url == first + f"{TEST_IMAGES}.gz":
+            return Response(gzip.compress(contents[TRAIN_IMAGES]))
+        return Response(gzip.compress(contents[name.removesuffix(".gz")]))
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    found = mnist.mnist()
+    assert len(found.test) == 20 and "not the published" not in found.source
+    assert [url for url in urls if url.startswith(second)] == [
+        f"{second}{TRAIN_LABELS}.gz",
+        f"{second}{TEST_IMAGES}.gz",
+    ]
+
+
+def test_mnist_that_no_mirror_has(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        mnist.mnist()
+    message = str(caught.value)
+    assert message.startswith("MNIST is not to be had") and "Debian" not in message
+    assert all(
+        f"{url}{TRAIN_IMAGES}.gz cannot be had: <urlopen error no network" in message
+        for url in mnist.MNIST.urls
+    )
+    assert f"Put the four .gz files of {mnist.MNIST.urls[0]}" in message
+
+
 # load
 
 
 def test_load(tmp_path: Path) -> None:
-    assert data.load("fashion-mnist", write_files(tmp_path / "mine", small_fashion())).name == "fashion-mnist"
-    with pytest.raises(DataError, match="unknown data set 'mnist'; known are fashion-mnist, digits"):
-        data.load("mnist")  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="take no folder"):
-        data.load("digits", tmp_path)
+    mine = write_files(tmp_path / "mine", small_fashion())
+    assert data.load("fashion-mnist", mine).name == "fashion-mnist"
+    assert data.load("mnist", mine).name == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("emnist", {}, "unknown data set 'emnist'; known are fashion-mnist, mnist, digits, cifar10"),
+        ("digits", {"folder": "here"}, "take no folder; got 'here'"),
+        ("folder", {}, "say which folder your images are in"),
+        ("cifar10", {"image_size": 40}, "images of cifar10 have a size of their own"),
+        ("folder", {"folder": "here", "image_size": 0}, "image_size is 1 at least; got 0"),
+        ("mnist", {"channels": 2}, r"channels are 1 \(grey\) or 3 \(colour\); got 2"),
+        ("imagenet", {}, "ImageNet is not downloaded, and no folder is named. Get ILSVRC2012_img_train.tar"),
+    ],
+)
+def test_load_refuses(name: data.Name, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.load(name, **arguments)
+
+
+def test_recipes_know_the_same_data_sets() -> None:
+    names = typing.get_type_hints(recipes.DataConfig)["name"]
+    assert typing.get_args(names) == typing.get_args(data.Name)
+
+
+def test_load_in_colour(tmp_path: Path) -> None:
+    mine = write_files(tmp_path / "mine", small_fashion())
+    grey, colour = data.load("mnist", mine), data.load("mnist", mine, channels=3)
+    assert colour.train.shape == colour.test.shape == (3, 28, 28)
+    assert torch.equal(colour.train.images, grey.train.images.repeat(1, 3, 1, 1))
+    assert (colour.mean, colour.std) == (3 * grey.mean, 3 * grey.std)
+    assert (colour.source, colour.classes) == (grey.source, grey.classes)
 
 
 def test_load_falls_back_only_when_told_to(tmp_path: Path) -> None:
@@ -487,107 +531,3 @@ def test_load_falls_back_only_when_told_to(tmp_path: Path) -> None:
     with pytest.warns(DataFallback, match="not Fashion-MNIST's") as caught:
         assert data.load("fashion-mnist", fall_back=True).name == "digits"
     assert caught[0].filename == __file__
-
-
-# Batches
-
-
-def indices(loader: object) -> list[list[int]]:
-    """The images of each batch, which are labelled by their index."""
-    return [labels.tolist() for _, labels in loader]  # type: ignore[attr-defined]
-
-
-def test_batches_hold_normalized_images() -> None:
-    values = torch.randint(0, 256, (5, 2, 4, 3), dtype=torch.uint8)
-    mean, std = (0.25, 0.5), (0.5, 0.125)
-    loader = images.batches(ImageSet(values, torch.arange(5)), 2, shuffle=True, normalize=(mean, std))
-    for batch, labels in loader:
-        assert batch.dtype == torch.float32 and labels.dtype == torch.int64
-        expected = (values[labels].double() / 255 - torch.tensor(mean).reshape(2, 1, 1)) / torch.tensor(
-            std
-        ).reshape(2, 1, 1)
-        torch.testing.assert_close(batch.double(), expected, rtol=0, atol=1e-6)
-    one, label = loader.dataset[3]
-    assert one.shape == (2, 4, 3) and label == 3
-
-
-def test_batches_cover_everything_once() -> None:
-    in_order = images.batches(image_set(10), 4, shuffle=False, normalize=HALF)
-    assert indices(in_order) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert len(images.batches(image_set(10), 4, shuffle=False, normalize=HALF, drop_last=True)) == 2
-    shuffled = [
-        i for batch in indices(images.batches(image_set(50), 4, shuffle=True, normalize=HALF)) for i in batch
-    ]
-    assert shuffled != list(range(50))
-    assert sorted(shuffled) == list(range(50))
-
-
-def order(seed: int, epoch: int) -> list[int]:
-    sampler = images.EpochSampler(range(50), seed)
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    torch.manual_seed(1)
-    first = order(3, 2)
-    torch.manual_seed(2)
-    assert order(3, 2) == first
-    orders = {tuple(order(seed, epoch)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-    # Runs of today are resumed by versions of tomorrow.
-    assert list(images.EpochSampler(range(8), 0)) == [4, 1, 3, 5, 0, 2, 6, 7]
-
-
-def test_a_pass_leaves_the_global_random_numbers_alone() -> None:
-    before = torch.get_rng_state()
-    indices(images.batches(image_set(), 4, shuffle=True, normalize=HALF))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_batches_refuse() -> None:
-    for size in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="batch_size is a whole number, at least 1"):
-            images.batches(image_set(), size, shuffle=False, normalize=HALF)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="drop_last leaves nothing of 10 images"):
-        images.batches(image_set(), 11, shuffle=False, normalize=HALF, drop_last=True)
-    with pytest.raises(DataError, match="one each for 3 channels"):
-        images.batches(image_set(channels=3), 2, shuffle=False, normalize=HALF)
-    with pytest.raises(ValueError, match="seed is a whole number"):
-        images.batches(image_set(), 2, shuffle=True, seed=-1, normalize=HALF)
-    with pytest.raises(ValueError, match="epoch is a whole number"):
-        images.EpochSampler(range(3)).set_epoch(-1)
-
-
-def test_accelerate_keeps_the_order() -> None:
-    accelerate = pytest.importorskip("accelerate")
-
-    def loader() -> torch.utils.images.DataLoader:
-        return images.batches(image_set(22), 4, shuffle=True, seed=7, normalize=HALF)
-
-    def plain(epoch: int) -> list[list[int]]:
-        expected = loader()
-        expected.sampler.set_epoch(epoch)
-        return indices(expected)
-
-    prepared = accelerate.Accelerator(cpu=True).prepare(loader())
-    assert [indices(prepared), indices(prepared)] == [plain(0), plain(1)]  # it counts epochs itself
-    prepared.set_epoch(5)
-    assert indices(prepared) == plain(5)
-    prepared.set_epoch(5)
-    assert indices(accelerate.skip_first_batches(prepared, 2)) == plain(5)[2:]
-
-
-@pytest.mark.parametrize("process", [0, 1])
-def test_accelerate_shares_out_the_order(process: int) -> None:
-    pytest.importorskip("accelerate")
-    from accelerate.data_loader import prepare_data_loader, skip_first_batches
-
-    loader = images.batches(image_set(24), 4, shuffle=True, seed=7, normalize=HALF)
-    loader.sampler.set_epoch(5)  # type: ignore[attr-defined]
-    expected = indices(loader)[process::2]
-    prepared = prepare_data_loader(loader, num_processes=2, process_index=process)
-    prepared.set_epoch(5)
-    assert indices(prepared) == expected
-    prepared.set_epoch(5)
-    assert indices(skip_first_batches(prepared, 1)) == expected[1:]
