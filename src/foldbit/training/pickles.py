@@ -23,7 +23,7 @@ def read(data: bytes, name: str) -> dict[Any, Any]:
     """The dict of plain values that a pickle holds, as Python 2's (bytes stay bytes) or Python 3's wrote it.
 
     Read are protocols 2 to 5 with None, booleans, integers, bytes, str, tuples, lists, dicts, and NumPy
-    arrays of uint8 as the dict's values. Takes a second for 100 MB with 100,000 strings.
+    arrays of uint8 as the dict's values. Takes half a second for the 155 MB of CIFAR-100.
 
     Args:
         data: the pickle, whole.
