@@ -158,12 +158,16 @@ class ActivationQuantizer(nn.Module):
         source = "static" if self.static else f"dynamic per {'sample' if self.per_sample else 'tensor'}"
         return f"{self.scheme}, {source}, clamp={self.clamp}"
 
+    def solve(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The input's own scales ``[..., k]``, and the dims that share them; nothing is remembered."""
+        dims = axes.normalize(x.ndim, range(1, x.ndim) if self.per_sample else None)
+        return solvers.solve(x, self.scheme, dims, clamp=self.clamp), dims
+
     def _scales(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Scales for x, and the dims that share them."""
         if self.static and self.seen and not self.training:
             return self.running_scales.to(x.dtype), axes.normalize(x.ndim, None)
-        dims = axes.normalize(x.ndim, range(1, x.ndim) if self.per_sample else None)
-        scales = solvers.solve(x, self.scheme, dims, clamp=self.clamp)
+        scales, dims = self.solve(x)
         if self.static and self.training:
             self._remember(scales)
         return scales, dims

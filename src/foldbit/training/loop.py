@@ -1,78 +1,39 @@
-"""One loop: train a recipe into a run folder, stop at any step, go on from there.
+"""One loop: train a recipe into a run folder, stop at any step, go on from there, on one process or on many.
 
-A run folder holds
+What lies in the folder: :mod:`foldbit.training.runs`. Going on repeats nothing and loses nothing: on the CPU,
+and on as many processes and threads, weights, optimizer and metrics come out bit for bit as without the stop.
 
-    config.yaml       the recipe
-    metrics.jsonl     a line an epoch
-    losses.jsonl      a line every 20 steps, and at an epoch's end: the mean training loss since the last
-    tensorboard/      both, as curves
-    checkpoint/       the newest state: model.safetensors, optimizer, schedule, random numbers, progress
-
-A checkpoint is written after every epoch and when training is interrupted, under a temporary name and then
-renamed. Resuming repeats nothing: images come in the order they would have come in.
+The loop never waits for the device, but for a look at the loss every ``look_every`` steps.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import os
-import pickle
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from foldbit import timing
-from foldbit.calibrate import CalibrationReport
-from foldbit.calibrate import calibrate as calibrate_
-from foldbit.core.config import QuantConfig
-from foldbit.training import data as datasets
-from foldbit.training import recipes
-from foldbit.training.images import ImageData, ImageSet, batches
+from foldbit.training import distill, evaluate, finite, processes, recipes, runs, schedules
+
+# Names that callers still look for here.
+from foldbit.training.evaluate import accuracy_on, calibrate, images_for, load_data, predictions  # noqa: F401
+from foldbit.training.images import ImageData, batches
+from foldbit.training.journal import Journal, Record
+from foldbit.training.monitor import Monitor, complaints
 from foldbit.training.recipes import Recipe
-
-_LOG_EVERY = 20  # steps
-
-
-class RunError(ValueError):
-    """A run folder cannot be used as asked."""
-
-
-@dataclass
-class Progress:
-    """Where training stands: finished epochs, steps into the next one, its sums so far, and those logged."""
-
-    epoch: int = 0
-    step: int = 0
-    loss: float = 0.0
-    correct: float = 0.0
-    images: int = 0
-    logged_loss: float = 0.0
-    logged_images: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
-        return vars(self).copy()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From checkpoints."""
-        vars(self).update(state)
+from foldbit.training.runs import RunError, load_run, recipe_of  # noqa: F401
+from foldbit.training.state import Progress, State
 
 
 @dataclass(frozen=True)
@@ -82,16 +43,45 @@ class Outcome:
     Attributes:
         model: the network, in evaluation mode, with the newest weights.
         metrics: a record an epoch, as in metrics.jsonl.
-        losses: a record every 20 steps, as in losses.jsonl.
+        losses: a record every so many steps, as in losses.jsonl.
         finished: False where it was interrupted.
         steps: how many this call took; none where an earlier one had finished.
+        warnings: a record a warning, as in warnings.jsonl.
     """
 
     model: nn.Module
-    metrics: list[dict[str, float]]
-    losses: list[dict[str, float]]
+    metrics: list[Record]
+    losses: list[Record]
     finished: bool
     steps: int
+    warnings: list[Record] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What does not change the numbers of a training, and may differ from call to call.
+
+    Attributes:
+        checkpoint_minutes: a checkpoint is written after every epoch, when training is interrupted, and, at
+            the next look, when the last one is so old.
+        keep_best: keep the weights of the epoch with the best test accuracy, too, in RUN/best. The test
+            images chose it, so that its accuracy flatters.
+        watch_every: steps from one measurement of the quantized layers to the next; 0 for none.
+        look_every: steps from one look at the loss, which waits for the device, to the next.
+    """
+
+    checkpoint_minutes: float = 15.0
+    keep_best: bool = False
+    watch_every: int = 200
+    look_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.look_every < 1:
+            raise ValueError(f"look_every is a number of steps, at least 1; got {self.look_every}")
+        if self.watch_every < 0:
+            raise ValueError(f"watch_every is a number of steps, or 0 for never; got {self.watch_every}")
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(f"checkpoint_minutes is at least 0; got {self.checkpoint_minutes}")
 
 
 def train(
@@ -100,437 +90,266 @@ def train(
     *,
     images: ImageData | None = None,
     threads: int | None = None,
+    habits: Habits = Habits(),
 ) -> Outcome:
-    """Train a recipe into a run folder, or go on where an earlier call was interrupted.
+    """Train a recipe into a run folder, or go on where an earlier call stopped.
 
-    Nothing is written before the model, the weights to start from and the data have been found and fit.
+    Under torchrun every process calls this with the same arguments, the run folder lies where all of them
+    see it, and an interruption acts at the next look. Nothing is written before the model, the weights to
+    start from, the teacher and the data have been found and fit.
 
     Args:
         recipe: what to train and how.
         run: the folder; created where it is missing. One without a checkpoint is taken over.
         images: the data, where the caller has loaded them already.
-        threads: of torch, on the CPU; None tries out whether one is faster than all, as beside other work
-            it often is. Sums are rounded in another order on another number of threads, so that a seed
-            repeats a training to the last digit only on as many.
+        threads: of torch, on the CPU; None tries out whether one is faster than all, as beside other work it
+            often is. Sums are rounded in another order on another number of threads, so that a seed repeats
+            a training to the last digit only on as many.
+        habits: when to save, to look and to measure.
 
     Raises:
         RunError: where the folder holds a run of another recipe, or ``init`` one of another model, or a
             checkpoint is damaged.
-        FloatingPointError: where the loss stops being finite.
+        TeacherError: where the recipe's teacher cannot be had, or does not fit.
+        ValueError: where processes cannot share the batch.
+        FloatingPointError: where the loss stops being finite; it names step and layer.
     """
     run = Path(run)
-    resuming = _may_use(run, recipe)
-    accelerator = Accelerator(mixed_precision=recipe.precision)
-    set_seed(recipe.seed)
+    accelerator = processes.accelerator()
+    images = images or evaluate.load_data(recipe)
+    recipe = recipes.fit(recipe, len(images.classes), images.train.shape[0])
+    resuming = runs.may_use(run, recipe)
     model = recipes.build(recipe)
     if recipe.init is not None and not resuming:
-        _load_weights(model, Path(recipe.init))
-    images = images or load_data(recipe)
-    train_set = images.train
-    if recipe.data.train_images is not None:
-        train_set = train_set[: recipe.data.train_images]
-    normalize = (images.mean, images.std)
-    loader = batches(
-        train_set, recipe.batch_size, shuffle=True, seed=recipe.seed, normalize=normalize, drop_last=True
-    )
-    optimizer = _optimizer(recipe, model)
-    schedule = _schedule(recipe, optimizer, len(loader) * recipe.epochs)
-    progress = Progress()
-    _claim(run, recipe)
-    trial = copy.deepcopy(model)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
-    accelerator.register_for_checkpointing(schedule, progress)
-    if (run / "checkpoint").exists():
-        _load_checkpoint(accelerator, run / "checkpoint")
-    steps_done = progress.epoch * len(loader) + progress.step
-    metrics = _records_until(run / "metrics.jsonl", "epoch", progress.epoch)
-    losses = _records_until(run / "losses.jsonl", "step", steps_done)
-    if progress.epoch >= recipe.epochs:
-        return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished=True, steps=0)
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=steps_done + 1)
-
-    def log_loss(loss: float) -> None:
-        record = {"step": progress.epoch * len(loader) + progress.step, "loss": loss}
-        losses.append(record)
-        if accelerator.is_main_process:
-            _append(run / "losses.jsonl", record)
-            writer.add_scalar("loss", loss, record["step"])
-
-    evaluation = accelerator.prepare(
-        batches(images.test, 1000, shuffle=False, normalize=normalize)
-    )  # one epoch's order is any other's
-
-    first_batch = next(iter(batches(train_set, recipe.batch_size, shuffle=False, normalize=normalize)))
-    with _threads(threads, accelerator, trial, first_batch) as taken, _interruptions() as interrupted:
-        while progress.epoch < recipe.epochs:
-            began = time.monotonic()
-            _train_epoch(
-                accelerator, model, loader, optimizer, schedule, progress, recipe, interrupted, log_loss
-            )
-            if interrupted:
-                _save(accelerator, run)
-                print(f"interrupted in epoch {progress.epoch + 1}; the same command goes on from {run}")
-                break
-            record = {
-                "epoch": progress.epoch + 1,
-                "train_loss": progress.loss / progress.images,
-                "train_accuracy": progress.correct / progress.images,
-                "test_accuracy": accuracy(model, evaluation, accelerator),
-                "lr": float(schedule.get_last_lr()[0]),
-                "seconds": time.monotonic() - began,
-                "threads": taken,
-            }
-            metrics.append(record)
-            if accelerator.is_main_process:
-                print(
-                    f"  epoch {progress.epoch + 1}/{recipe.epochs}: loss {record['train_loss']:.3f}, "
-                    f"test accuracy {record['test_accuracy']:.2%}, {record['seconds']:.0f} s",
-                    flush=True,
-                )
-                _append(run / "metrics.jsonl", record)
-                for name, value in record.items():
-                    writer.add_scalar(name, value, (progress.epoch + 1) * len(loader))
-            progress.load_state_dict({**Progress().state_dict(), "epoch": progress.epoch + 1})
-            _save(accelerator, run)
-    writer.close()
-    finished = progress.epoch >= recipe.epochs
-    steps = progress.epoch * len(loader) + progress.step - steps_done
-    return Outcome(accelerator.unwrap_model(model).cpu().eval(), metrics, losses, finished, steps)
-
-
-def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
-    """The network of a run folder with its newest weights, in evaluation mode, and its recipe.
-
-    Raises:
-        RunError: where the folder holds no run, or one without a checkpoint yet, or a damaged one.
-    """
-    recipe = recipe_of(run)
-    model = recipes.build(recipe)
-    _load_weights(model, Path(run))
-    return model.eval(), recipe
-
-
-def recipe_of(run: str | os.PathLike[str]) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        RunError: where there is none.
-    """
-    run = Path(run)
-    if not run.is_dir():
-        raise RunError(f"there is no folder {run}")
-    if not (run / "config.yaml").is_file():
-        raise RunError(f"{run} is not a run folder: it has no config.yaml; make one with `foldbit train`")
-    return recipes.load(run / "config.yaml")
-
-
-def load_data(recipe: Recipe, folder: str | os.PathLike[str] | None = None) -> ImageData:
-    """The recipe's images, from another folder where one is given."""
-    folder = folder or recipe.data.folder
-    return datasets.load(recipe.data.name, folder, download=recipe.data.download)
-
-
-def calibrate(
-    model: nn.Module, recipe: Recipe, count: int = 1024, *, images: ImageData | None = None
-) -> CalibrationReport:
-    """Give a recipe's network static activation scales, from the first ``count`` of its training images.
-
-    Raises:
-        RunError: for a count below 1.
-        ValueError: as :func:`foldbit.calibrate` does.
-    """
-    if count < 1:
-        raise RunError(f"calibration needs an image at least; got {count}")
-    images = images or load_data(recipe)
-    chosen = images.train[: min(count, recipe.data.train_images or count)]
-    loader = batches(chosen, 256, shuffle=False, normalize=(images.mean, images.std))
-    return calibrate_(model, loader)
-
-
-def images_for(
-    what: str | os.PathLike[str],
-    recipe: Recipe | None,
-    name: datasets.Name | None = None,
-    folder: str | os.PathLike[str] | None = None,
-) -> ImageData:
-    """The images to evaluate a network on: those named, or those of the run that it belongs to.
-
-    Args:
-        what: a run folder, or a packed file, which may lie in one.
-        recipe: the run folder's.
-        name: of the data set.
-        folder: where its files are.
-
-    Raises:
-        RunError: where no data set is named, and the packed file lies in no run folder.
-    """
-    if recipe is None and (Path(what).parent / "config.yaml").is_file():
-        recipe = recipe_of(Path(what).parent)
-    if recipe is not None and name in (None, recipe.data.name):
-        return load_data(recipe, folder)
-    if name is None:
-        raise RunError(
-            f"{what} does not say what it was trained on, and lies in no run folder; name the data set: "
-            f"--dataset {' or '.join(get_args(datasets.Name))}"
-        )
-    return datasets.load(name, folder)
-
-
-@torch.no_grad()
-def accuracy_on(
-    model: nn.Module, images: ImageData, split: Literal["test", "train"] = "test", threads: int | None = None
-) -> float:
-    """The share of a data set's images that the model classifies right.
-
-    Args:
-        threads: of torch, on the CPU; None tries out whether one is faster than all.
-    """
-    normalize = (images.mean, images.std)
-    some, _ = next(iter(batches(images[split], 64, shuffle=False, normalize=normalize)))
-    model.eval()
-    with timing.threads(threads, lambda: model(some)):
-        right = predictions(model, images[split], normalize) == images[split].labels
-    return right.double().mean().item()
-
-
-@torch.no_grad()
-def predictions(
-    model: nn.Module, images: ImageSet, normalize: tuple[Sequence[float], Sequence[float]]
-) -> Tensor:
-    """The class that the model gives each image, int64 ``[N]``."""
-    model.eval()
-    loader = batches(images, 1000, shuffle=False, normalize=normalize)
-    return torch.cat([model(x).argmax(1) for x, _ in loader])
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, loader: Any, accelerator: Accelerator) -> float:
-    """The share of images that the model classifies right, each counted once on any number of processes."""
-    model.eval()
-    correct, count = 0, 0
-    for x, labels in loader:
-        hits = accelerator.gather_for_metrics(model(x).argmax(1) == labels)
-        correct += int(hits.sum())
-        count += len(hits)
-    return correct / count
-
-
-def _train_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loader: Any,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: Progress,
-    recipe: Recipe,
-    interrupted: list[int],
-    log_loss: Callable[[float], None],
-) -> None:
-    """Train to the end of the epoch, or to the end of the step in which an interruption came."""
-    model.train()
-    loader.set_epoch(progress.epoch)
-    remaining = skip_first_batches(loader, progress.step) if progress.step else loader
-    bar = tqdm(
-        remaining,
-        total=len(loader),
-        initial=progress.step,
-        desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
-        unit="batch",
-        disable=None if accelerator.is_local_main_process else True,  # None: only on a terminal
-        leave=False,
-    )
-    # Sums stay tensors until somebody looks, so that no step waits for the device.
-    loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    correct = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    logged_loss, logged_images = progress.logged_loss, progress.logged_images
-    for x, labels in bar:
-        logits = model(x)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        progress.step += 1
-        progress.images += len(labels)
-        if progress.step % _LOG_EVERY == 0 or progress.step == len(loader):
-            _check_finite(loss, progress)
-            total, seen = progress.loss + loss_sum.item(), progress.images
-            log_loss((total - logged_loss) / (seen - logged_images))
-            logged_loss, logged_images = total, seen
-            bar.set_postfix(
-                loss=f"{total / seen:.3f}", accuracy=f"{(progress.correct + correct.item()) / seen:.1%}"
-            )
-        if interrupted:
-            break
-    _check_finite(loss_sum, progress)
-    progress.loss += loss_sum.item()
-    progress.correct += correct.item()
-    progress.logged_loss, progress.logged_images = logged_loss, logged_images
-
-
-def _check_finite(loss: Tensor, progress: Progress) -> None:
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"the loss is {loss.item()} in epoch {progress.epoch + 1}, by step {progress.step}; "
-            "try a lower learning rate. The checkpoint of the last full epoch is kept"
-        )
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second signal acts at once, as it would have."""
-    caught: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def remember(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, remember)
-    except ValueError:  # not the main thread, which alone may handle signals: then nothing is caught
-        before = {}
-    try:
-        yield caught
-    finally:
-        for caught_signal, handler in before.items():
-            signal.signal(caught_signal, handler)
-
-
-def _may_use(run: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a checkpoint of this recipe, to go on from; refuses a folder of others."""
-    config = run / "config.yaml"
-    if not config.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise RunError(f"{run} exists, is not an empty folder and holds no run; pick another folder")
-        return False
-    before = recipes.load(config)  # a file of that name that is no recipe is refused: it is another's
-    if not any((run / name).exists() for name in ("checkpoint", "checkpoint.old")):
-        return False
-    if before != recipe:
-        raise RunError(
-            f"{run} holds a run of another recipe: {', '.join(_differences(before, recipe))}; "
-            "pick another folder, or delete it"
-        )
-    return True
-
-
-def _claim(run: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's."""
-    if (run / "checkpoint.old").exists() and not (run / "checkpoint").exists():
-        (run / "checkpoint.old").rename(run / "checkpoint")  # killed between the two renames of _save
-    run.mkdir(parents=True, exist_ok=True)
-    recipes.save(recipe, run / "config.yaml")
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Which fields differ, ``lr 0.01 -> 0.02``, down into records."""
-    if dataclasses.is_dataclass(before) and type(before) is type(now):
-        for field in dataclasses.fields(before):
-            inner = f"{name}.{field.name}" if name else field.name
-            yield from _differences(getattr(before, field.name), getattr(now, field.name), inner)
-    elif before != now:
-        yield f"{name} {_in_short(before)} -> {_in_short(now)}"
-
-
-def _in_short(value: Any) -> str:
-    return value.name if isinstance(value, QuantConfig) else str(value)
-
-
-@contextmanager
-def _threads(
-    asked: int | None, accelerator: Accelerator, trial: nn.Module, batch: tuple[Tensor, Tensor]
-) -> Iterator[int]:
-    """Train on as many threads as are asked for, or pay just now, by a copy of the model and some images."""
-    if accelerator.device.type != "cpu":
-        yield torch.get_num_threads()
-        return
-    x, labels = batch
-
-    def step() -> None:
-        with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
-            F.cross_entropy(trial(x), labels).backward()
-
-    with timing.threads(asked, step, accelerator.print) as taken:
-        yield taken
-
-
-def _load_weights(model: nn.Module, run: Path) -> None:
-    """The newest weights of a run."""
-    path = run / "checkpoint" / "model.safetensors"
-    if not run.is_dir():
-        raise RunError(f"there is no folder {run} to take weights from")
-    if not path.is_file():
-        raise RunError(f"{run} has no checkpoint yet ({path.name} is missing in it); train it first")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error}); train that run again, from another folder") from error
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"the weights of {run} do not fit this model: {_line(error)}") from error
-
-
-def _load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    damage = (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError)
-    try:
-        accelerator.load_state(str(path))
-    except damage as error:
-        raise RunError(
-            f"the checkpoint {path} is damaged ({_line(error)}); delete it to train from the beginning"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    """An error's first words, on a line: torch lists every tensor that does not fit."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) + (" ..." if len(lines) > 2 else "") if lines else type(error).__name__
-
-
-def _save(accelerator: Accelerator, run: Path) -> None:
-    """Write a checkpoint beside the old one, then put it in its place."""
-    new, old = run / "checkpoint.new", run / "checkpoint.old"
-    accelerator.save_state(str(new))
-    accelerator.wait_for_everyone()
+        kept = runs.start_from(model, recipe.init)
+        if kept:
+            accelerator.print(f"  not in {recipe.init}, and random as before: {', '.join(kept)}")
+    set_seed(recipe.seed, device_specific=True)  # processes draw what they draw apart from each other
+    training = _Training(accelerator, recipe, run, model, images, habits)
+    accelerator.wait_for_everyone()  # all have looked at the folder before it is changed
     if accelerator.is_main_process:
-        shutil.rmtree(old, ignore_errors=True)
-        if (run / "checkpoint").exists():
-            (run / "checkpoint").rename(old)
-        new.rename(run / "checkpoint")
-        shutil.rmtree(old, ignore_errors=True)
+        runs.claim(run, recipe)
+    accelerator.wait_for_everyone()
+    if resuming:
+        training.state.restore(run)
+    return training.go_on(threads)
 
 
-def _append(path: Path, record: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+class _Training:
+    """The parts of a training, put together, and what is done with them."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        run: Path,
+        model: nn.Module,
+        images: ImageData,
+        habits: Habits,
+    ) -> None:
+        self.accelerator, self.recipe, self.run, self.habits = accelerator, recipe, run, habits
+        processes.check_shares(recipe.batch_size, accelerator)
+        train_set = images.train
+        if recipe.data.train_images is not None:
+            train_set = train_set[: recipe.data.train_images]
+        normalize, workers = (images.mean, images.std), recipe.data.workers
+        loader = batches(
+            train_set,
+            recipe.batch_size,
+            shuffle=True,
+            seed=recipe.seed,
+            normalize=normalize,
+            drop_last=True,
+            augment=recipe.data.augment,
+            workers=workers,
+        )
+        evaluated = evaluate.batch_size(train_set.shape, accelerator.num_processes)
+        evaluation = batches(images.test, evaluated, shuffle=False, normalize=normalize, workers=workers)
+        self.trial = next(iter(batches(train_set, recipe.batch_size, shuffle=False, normalize=normalize)))
+        self.teacher: nn.Module | None = None
+        if recipe.distill is not None:
+            self.teacher = distill.load_teacher(recipe, self.trial[0], len(images.classes))
+            self.teacher.to(accelerator.device)
+        network = _in_order(model, torch.channels_last)  # in which convolutions are faster
+        optimizer = schedules.optimizer(recipe, network)
+        schedule = schedules.schedule(recipe, optimizer, len(loader))
+        # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
+        self.model, optimizer, self.loader, self.evaluation = accelerator.prepare(
+            network, optimizer, loader, evaluation
+        )
+        self.state = State(accelerator, network, optimizer, schedule)
+        self.statistics = processes.running_statistics(network)
+        self.monitor = Monitor(network, habits.watch_every if accelerator.is_main_process else 0)
+
+    def go_on(self, threads: int | None) -> Outcome:
+        """Train to the end, or until an interruption."""
+        epochs, begun_at = self.recipe.epochs, self._steps_done()
+        self.journal = Journal(
+            self.run,
+            epochs=epochs,
+            steps_an_epoch=len(self.loader),
+            images_a_step=self.recipe.batch_size,
+            epoch=self.state.progress.epoch,
+            step=begun_at,
+            speaks=self.accelerator.is_main_process,
+        )
+        if self.state.progress.epoch < epochs:
+            self.journal.begin(begun_at)
+            try:
+                with self._threads(threads) as self.threads, processes.interruptions() as self.interrupted:
+                    self.saved_at = time.monotonic()
+                    while self.state.progress.epoch < epochs and self._epoch():
+                        self._finish_epoch()
+            finally:
+                self.journal.close()
+        finished = self.state.progress.epoch >= epochs
+        if not finished:
+            at = self.state.progress.epoch + 1
+            self.journal.say(f"interrupted in epoch {at}; the same command goes on from {self.run}")
+        steps, kept = self._steps_done() - begun_at, self.journal
+        model = _in_order(self.state.network.cpu(), torch.contiguous_format).eval()
+        return Outcome(model, kept.metrics, kept.losses, finished, steps, kept.warnings)
+
+    def _epoch(self) -> bool:
+        """Train to the end of the epoch; False where an interruption has stopped it, and is saved."""
+        progress = self.state.progress
+        self.model.train()
+        self.loader.set_epoch(progress.epoch)
+        remaining = self.loader
+        if progress.step:
+            remaining = skip_first_batches(self.loader, progress.step)
+            remaining.set_epoch(progress.epoch)
+        began = time.monotonic() - progress.seconds
+        for x, labels in remaining:
+            progress.step += 1
+            looks = progress.step % self.habits.look_every == 0 or progress.step == len(self.loader)
+            self._step(x.contiguous(memory_format=torch.channels_last), labels, looks)
+            self.journal.step(progress.epoch)
+            progress.seconds = time.monotonic() - began
+            stop = bool(self.interrupted) and self.accelerator.num_processes == 1
+            if looks:
+                stop = self._look()
+            if stop:
+                self._save()
+                return False
+        return True
+
+    def _step(self, x: Tensor, labels: Tensor, looks: bool) -> None:
+        """A step of training. Unless it looks, or the layers are measured, nothing waits for the device."""
+        state, step = self.state, self._steps_done()
+        watched = self.monitor.due(step, state.progress.step == len(self.loader))
+        with self._precision():
+            with self.monitor.watching() if watched else nullcontext():
+                logits = self.model(x).float()
+            loss = self._loss(logits, x, labels)
+        if self._must_check(looks):
+            self._check_finite(loss, x)
+        state.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        state.optimizer.step()
+        state.schedule.step()
+        processes.average(self.statistics, self.accelerator)
+        with torch.no_grad():
+            state.sums[0] += loss * len(labels)
+            state.sums[1] += (logits.argmax(1) == labels).sum()
+        state.progress.unseen_images += len(labels)
+        if watched:
+            measured = self.monitor.take()
+            self.journal.layers(measured, complaints(measured), step)
+
+    def _loss(self, logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of this process's images."""
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels)
+        assert self.recipe.distill is not None
+        with torch.no_grad():
+            told = self.teacher(x).float()
+        return distill.distillation_loss(logits, told, labels, self.recipe.distill)
+
+    def _look(self) -> bool:
+        """Record the loss since the last look, and save when it is time; whether anybody asks to stop."""
+        state, progress = self.state, self.state.progress
+        old = time.monotonic() - self.saved_at >= 60 * self.habits.checkpoint_minutes
+        said = [progress.unseen_images, bool(self.interrupted), old and self.accelerator.is_main_process]
+        told = torch.cat([state.sums, torch.tensor(said, dtype=torch.float64, device=state.sums.device)])
+        sums = self.accelerator.reduce(told, "sum").cpu()
+        images, stop, save = sums[2:].tolist()
+        state.take_in(sums[:2], int(images))
+        self.journal.loss(
+            self._steps_done(),
+            float(sums[0]) / images,
+            progress.loss / progress.images,
+            progress.correct / progress.images,
+        )
+        if save and not stop and progress.step < len(self.loader):
+            self._save()
+        return bool(stop)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record and save."""
+        progress, began = self.state.progress, time.monotonic()
+        right = evaluate.accuracy(self.state.network, self.evaluation, self.accelerator)
+        record: Record = {
+            "epoch": progress.epoch + 1,
+            "train_loss": progress.loss / progress.images,
+            "train_accuracy": progress.correct / progress.images,
+            "test_accuracy": right,
+            "lr": float(self.state.schedule.get_last_lr()[0]),
+            "seconds": progress.seconds + time.monotonic() - began,
+            "threads": self.threads,
+        }
+        best = all(right > earlier["test_accuracy"] for earlier in self.journal.metrics)
+        self.state.progress = Progress(epoch=progress.epoch + 1)
+        self.journal.epoch(record, self._steps_done())
+        if best and self.habits.keep_best and self.accelerator.is_main_process:
+            runs.keep_best(self.run, self.state.network.state_dict())
+        self._save()
+
+    def _save(self) -> None:
+        self.journal.to_disk()
+        self.state.save(self.run)
+        self.saved_at = time.monotonic()
+
+    def _steps_done(self) -> int:
+        return self.state.progress.epoch * len(self.loader) + self.state.progress.step
+
+    def _must_check(self, looks: bool) -> bool:
+        return looks or self.accelerator.device.type == "cpu"  # which nobody has to wait for
+
+    def _check_finite(self, loss: Tensor, x: Tensor) -> None:
+        if loss.isfinite():
+            return
+        progress, exact = self.state.progress, self._must_check(False) or self.habits.look_every == 1
+        where = f"epoch {progress.epoch + 1}, {'at' if exact else 'by'} step {progress.step}"
+        with self._precision():
+            culprit = finite.culprit(self.state.network, x)
+        hint = "" if exact else "; go on with look_every 1 to see in which step and layer it begins"
+        raise FloatingPointError(
+            f"the loss is {loss.item()} in {where}: {culprit}{hint}. Try a lower learning rate than "
+            f"{self.recipe.lr:g}, or a clamp. {self.run} keeps the last checkpoint"
+        )
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The recipe's precision, for the forward passes of training."""
+        half = self.recipe.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half)
+
+    @contextmanager
+    def _threads(self, asked: int | None) -> Iterator[int]:
+        """Train on as many threads as are asked for, or pay just now: a copy of the model tries them out."""
+        if self.accelerator.device.type != "cpu":
+            yield torch.get_num_threads()
+            return
+        network, (x, labels) = copy.deepcopy(self.state.network).train(), self.trial
+
+        def step() -> None:
+            with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
+                F.cross_entropy(network(x), labels).backward()
+
+        with timing.threads(asked, step, self.accelerator.print) as taken:
+            yield taken
 
 
-def _records_until(path: Path, key: str, last: int) -> list[dict[str, float]]:
-    """The records up to a checkpoint's epoch or step; a kill may have left later ones, which are dropped."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [record for record in records if record[key] <= last]
-    if len(kept) < len(records):
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    return kept
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-    )
-
-
-def _schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if recipe.schedule == "one-cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps + 1)
-    end = 1e-3 if recipe.schedule == "linear" else 1.0
-    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=steps)
+def _in_order(model: nn.Module, order: torch.memory_format) -> nn.Module:
+    """The model, its convolutions' weights in that memory order."""
+    return model.to(memory_format=order)  # type: ignore[call-overload]

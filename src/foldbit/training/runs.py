@@ -1,0 +1,153 @@
+"""Run folders: who may write into one, and what can be had from it.
+
+A run folder holds
+
+    config.yaml       the recipe
+    metrics.jsonl     a line an epoch
+    losses.jsonl      a line every so many steps, and at an epoch's end: the mean training loss since the last
+    warnings.jsonl    a line a warning, where there were any
+    tensorboard/      all of them as curves, and statistics of the quantized layers
+    checkpoint/       the newest state (:mod:`foldbit.training.checkpoints`)
+    best/             where it was asked for: a run folder of its own, with the weights of the best epoch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from foldbit.core.config import QuantConfig
+from foldbit.models import pretrained
+from foldbit.packed import files
+from foldbit.training import checkpoints, recipes
+from foldbit.training.recipes import Recipe
+
+
+class RunError(ValueError):
+    """A run folder cannot be used as asked."""
+
+
+def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Recipe]:
+    """The network of a run folder with its newest weights, in evaluation mode, and its recipe.
+
+    Raises:
+        RunError: where the folder holds no run, or one without a checkpoint yet, or a damaged one.
+    """
+    recipe = recipe_of(run)
+    model = recipes.build(recipe)
+    load_weights(model, Path(run))
+    return model.eval(), recipe
+
+
+def recipe_of(run: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        RunError: where there is none.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise RunError(f"there is no folder {run}")
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"{run} is not a run folder: it has no config.yaml; make one with `foldbit train`")
+    return recipes.load(run / "config.yaml")
+
+
+def start_from(model: nn.Module, init: str) -> tuple[str, ...]:
+    """Fill a model with the weights that a recipe's ``init`` names: a run's, a library's, or a file's.
+
+    Returns:
+        The names of tensors that keep the values they have, such as a classifier for other classes.
+
+    Raises:
+        RunError: where a run has none, or they do not fit.
+        PretrainedError: likewise of a library or a file.
+    """
+    if pretrained.is_source(init) and not Path(init).is_dir():
+        return pretrained.load_weights(model, init)
+    load_weights(model, Path(init))
+    return ()
+
+
+def load_weights(model: nn.Module, run: Path) -> None:
+    """Fill a model with the newest weights of a run.
+
+    Raises:
+        RunError: where there are none, or they do not fit.
+    """
+    if not run.is_dir():
+        raise RunError(f"there is no folder {run} to take weights from")
+    path = checkpoints.newest(run)
+    if path is None or not (path / checkpoints.WEIGHTS).is_file():
+        raise RunError(
+            f"{run} has no checkpoint yet ({checkpoints.WEIGHTS} is missing in it); train it first"
+        )
+    try:
+        weights = checkpoints.read_weights(path)
+    except checkpoints.Damaged as error:
+        raise RunError(f"{error}; train that run again, from another folder") from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"the weights of {run} do not fit this model: {checkpoints.line(error)}") from error
+
+
+def may_use(run: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a checkpoint of this recipe, to go on from.
+
+    Raises:
+        RunError: where the folder is another recipe's, or somebody's who does not know foldbit.
+    """
+    config = run / "config.yaml"
+    if not config.exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise RunError(f"{run} exists, is not an empty folder and holds no run; pick another folder")
+        return False
+    before = recipes.load(config)  # a file of that name that is no recipe is refused: it is another's
+    path = checkpoints.newest(run)
+    if path is None:
+        return False
+    if not (path / checkpoints.TRAINING).is_file():
+        raise RunError(f"{path} holds weights alone, from which no training can go on; pick another folder")
+    if before != recipe:
+        raise RunError(
+            f"{run} holds a run of another recipe: {', '.join(differences(before, recipe))}; "
+            "pick another folder, or delete it"
+        )
+    return True
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's."""
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoints.settle(run)
+    unfinished = run / "config.yaml.new"
+    recipes.save(recipe, unfinished)
+    unfinished.replace(run / "config.yaml")
+
+
+def keep_best(run: Path, weights: Mapping[str, Tensor]) -> None:
+    """Keep weights as RUN/best, a run folder of its own, which evaluates, packs and starts others."""
+    place = run / "best" / "checkpoint"
+    place.mkdir(parents=True, exist_ok=True)
+    files.write(run / "best" / "config.yaml", (run / "config.yaml").read_bytes())
+    checkpoints.write_weights(place / checkpoints.WEIGHTS, weights)
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Which fields differ, ``lr 0.01 -> 0.02``, down into records."""
+    if dataclasses.is_dataclass(before) and type(before) is type(now):
+        for field in dataclasses.fields(before):
+            inner = f"{name}.{field.name}" if name else field.name
+            yield from differences(getattr(before, field.name), getattr(now, field.name), inner)
+    elif before != now:
+        yield f"{name} {_in_short(before)} -> {_in_short(now)}"
+
+
+def _in_short(value: Any) -> str:
+    return value.name if isinstance(value, QuantConfig) else str(value)
