@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from foldbit import cli, timing
+from foldbit.training import data
 
 TINY = ["--model_args.widths=[8,8,16]", "--data.name=digits", "--batch_size=64", "--lr=0.01"]
 
@@ -37,7 +39,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     foldbit("train", "--run=runs/float", "--epochs=2", *TINY, cwd=folder)
     foldbit(
-        "train", "--recipe", "fashion-mnist-w1a2", "--run=runs/w1a2", "--init=runs/float", *TINY, cwd=folder
+        "train",
+        "--recipe",
+        "fashion-mnist/resnet8",
+        "--run=runs/w1a2",
+        "--init=runs/float",
+        *TINY,
+        cwd=folder,
     )
     (folder / "bad.safetensors").write_bytes(b"not one")
     shutil.copytree(folder / "runs/w1a2", folder / "runs/cut")
@@ -46,7 +54,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "summary", "pack", "analyze", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command", ["recipes", "train", "evaluate", "summary", "pack", "analyze", "bench", "demo"]
+)
 def test_help_says_what_a_command_does_and_takes(command):
     text = foldbit(command, "--help").stdout
     assert "--config" in text and "--print_config" in text
@@ -56,12 +66,14 @@ def test_help_says_what_a_command_does_and_takes(command):
 
 def test_help_lists_the_commands():
     text = foldbit("--help").stdout
-    for command in ("train", "evaluate", "summary", "pack", "analyze", "bench", "demo"):
+    for command in ("recipes", "train", "evaluate", "summary", "pack", "analyze", "bench", "demo"):
         assert command in text
 
 
 def test_print_config_shows_the_whole_recipe():
-    text = foldbit("train", "--recipe=fashion-mnist-w1a2", "--run=x", "--lr=0.125", "--print_config").stdout
+    text = foldbit(
+        "train", "--recipe=fashion-mnist/resnet8", "--run=x", "--lr=0.125", "--print_config"
+    ).stdout
     assert "lr: 0.125" in text and "activation: ls-2" in text and "seed: 0" in text
 
 
@@ -88,7 +100,7 @@ def test_train_evaluate_pack_evaluate_summary_bench(folder):
 
 def test_pack_calibrates_what_was_trained_with_dynamic_scales(folder):
     dynamic = ["--quant.activation_scales=dynamic", "--init=runs/float", "--run=runs/dynamic", *TINY]
-    foldbit("train", "--recipe=fashion-mnist-w1a2", *dynamic, cwd=folder)
+    foldbit("train", "--recipe=fashion-mnist/resnet8", *dynamic, cwd=folder)
     said = foldbit("pack", "runs/dynamic", "--calibration_images=300", cwd=folder).stdout
     assert "calibrating static" in said and "--calibrate false" in said and "static scales" in said
     assert f"{300 * 16 * 4 * 4:,}" in said  # values at the last layer, of the images asked for
@@ -129,7 +141,7 @@ def mistake(folder, monkeypatch, capsys, *arguments):
         (
             ["pack", "runs/float"],
             1,
-            "foldbit train --recipe fashion-mnist-w1a2 --run runs/float-w1a2 --init runs",
+            "foldbit train --recipe fashion-mnist/resnet8 --run runs/float-w1a2 --init runs",
         ),
         (["pack", "runs/w1a2", "--out=new/packed.safetensors"], 1, "there is no folder new to write"),
         (["bench", "runs/float"], 1, "no quantized layers"),
@@ -174,6 +186,10 @@ def test_input_sizes_are_guessed_or_taken_with_or_without_brackets(monkeypatch, 
         assert "1×64×32×32" in capsys.readouterr().out
 
 
+def test_every_data_set_can_be_named():
+    assert typing.get_type_hints(cli.evaluate)["dataset"] == data.Name | None
+
+
 def test_evaluate_says_and_takes_which_data(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     packed = folder / "runs/w1a2/evaluated.safetensors"
@@ -190,7 +206,7 @@ def test_evaluate_says_and_takes_which_data(folder, tmp_path, monkeypatch, capsy
     cli.main(["evaluate", str(moved), "--dataset", "digits"])
     assert "right: digits" in capsys.readouterr().out
     code, said = mistake(folder, monkeypatch, capsys, "evaluate", str(moved))
-    assert code == 1 and "name the data set: --dataset fashion-mnist or digits" in said
+    assert code == 1 and "name the data set: --dataset fashion-mnist or mnist or digits" in said
 
 
 def test_a_finished_training_says_so_and_a_failed_start_blocks_nothing(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The command line, foldbit train | evaluate | summary | pack | analyze | bench | demo: it only wires."""
+"""The command line, `foldbit train` and the other commands in ``_COMMANDS``: it only wires."""
 
 from __future__ import annotations
 
@@ -10,11 +10,30 @@ from typing import Any, Literal
 from foldbit.training.data import Name
 
 
+def recipes(name: str | None = None, weight: str | None = None, activation: str | None = None) -> None:
+    """List the recipes that come with foldbit, with published accuracies; or show one whole, as YAML.
+
+    Args:
+        name: the recipe to show; all are listed unless given.
+        weight: scheme of its weights, instead of the recipe's own.
+        activation: scheme of its activations, with the settings that go with it.
+    """
+    from foldbit.training import catalogue
+
+    if name is not None:
+        print(catalogue.description(name, weight=weight, activation=activation))
+    elif weight is None and activation is None:
+        print(catalogue.overview())
+    else:
+        raise ValueError("--weight and --activation go with a recipe: foldbit recipes NAME --activation ls-1")
+
+
 def train(run: str, threads: int | None = None, **recipe: Any) -> None:
     """Train a network into a run folder; the same command goes on after an interruption, for Ctrl-C saves.
 
     The options below are the fields of a recipe. YAML files with the same fields go to --config or, when they
-    come with foldbit, by name to --recipe; what comes later on the line changes what came earlier.
+    come with foldbit, by name to --recipe; what comes later on the line changes what came earlier. --weight
+    and --activation choose the schemes in all those files, and the settings that they have for them.
     """
     from foldbit.training import loop
     from foldbit.training.recipes import Recipe
@@ -90,7 +109,7 @@ def pack(
     if recipe.quant is None:
         raise ValueError(
             f"nothing to pack: {run} was trained in float. Train a quantized network from it, and pack that: "
-            f"foldbit train --recipe fashion-mnist-w1a2 --run {run}-w1a2 --init {run}"
+            f"foldbit train --recipe fashion-mnist/resnet8 --run {run}-w1a2 --init {run}"
         )
     path = Path(out) if out else Path(run) / "packed.safetensors"
     if not path.parent.is_dir():
@@ -199,7 +218,10 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     from foldbit import options
 
     parser = ArgumentParser(
-        prog="foldbit", description="Neural networks of 1 and 2 bits.", exit_on_error=False
+        prog="foldbit",
+        description="Neural networks of 1 and 2 bits.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(title="commands")
     known: dict[str, list[str]] = {}
@@ -208,25 +230,35 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()), exit_on_error=False)
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with options of this command")
         if name == "train":
-            from foldbit.training.recipes import Recipe, names, path_of
+            from foldbit.training.recipes import Recipe
 
-            sub.add_argument("--recipe", help=f"a recipe that comes with foldbit: {', '.join(names())}")
+            sub.add_argument(
+                "--recipe", help="a recipe that comes with foldbit; `foldbit recipes` lists them"
+            )
+            for what in ("weight", "activation"):
+                sub.add_argument(
+                    f"--{what}", help=f"scheme of the {what}s, such as ls-1 or ls-2; fp is float"
+                )
             sub.add_argument("--run", required=True, help="the run folder")
             threads = "torch's threads; all, or one where that is faster, unless given"
             sub.add_argument("--threads", type=int | None, default=None, help=threads)
             known[name] = options.fields_of(Recipe)
             sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
-            # A name is only another way to spell a file, and keeps its place among the other options.
-            arguments = _spell_out(arguments, path_of)
         else:
-            listed: set[str | int] = {"what"} if command is analyze else set()
-            for argument in listed:  # jsonargparse would take one value, a list in YAML
-                sub.add_argument(str(argument), nargs="+", help=_ABOUT_WHAT)
+            listed: set[str | int] = set()
+            if command is analyze:  # jsonargparse would take one value, a list in YAML
+                listed = {"what"}
+                sub.add_argument("what", nargs="+", help=_ABOUT_WHAT)
+            elif command is recipes:
+                listed = {"name"}
+                sub.add_argument("name", nargs="?", help="the recipe to show; all are listed unless given")
             sub.add_function_arguments(command, as_positional=True, as_group=False, skip=listed)
         written = (option.lstrip("-") for option in sub._option_string_actions if option != "-h")
         known[name] = [*known.get(name, []), *written]
         commands.add_subcommand(name, sub, help=about.partition("\n")[0])
     try:
+        if arguments[:1] == ["train"]:
+            arguments = _spell_out(arguments)
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
         name = next((argument for argument in arguments if argument in _COMMANDS), "")
@@ -234,20 +266,45 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         raise ValueError(f"{options.explain(str(error), known.get(name, []))} (see {help_})") from error
     name = parsed.subcommand
     given = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
+    if name == "train":  # spelled out before
+        del given["weight"], given["activation"]
     return {"subcommand": name, **given}
 
 
-def _spell_out(arguments: list[str], path_of: Callable[[str], Path]) -> list[str]:
-    """``--recipe NAME`` as ``--config FILE``."""
-    spelled = []
+def _spell_out(arguments: list[str]) -> list[str]:
+    """Recipes by name, and files, as the fields that they come to, each at its place among the options.
+
+    ``--weight`` and ``--activation`` go into each of them; without any they are fields like others.
+    """
+    from foldbit.training import composition
+
+    pairs = _pairs(arguments)
+    schemes = {option[2:]: value for option, value in pairs if option in ("--weight", "--activation")}
+    spelled: list[str] = []
+    for option, value in pairs:
+        if option in ("--recipe", "--config"):
+            path = composition.path_of(value) if option == "--recipe" else value
+            spelled += composition.spell(composition.resolve(path, **schemes))
+        elif option not in ("--weight", "--activation"):
+            spelled.append(value)
+    if not any(option in ("--recipe", "--config") for option, _ in pairs):
+        spelled[1:1] = [f"--quant.{what}={scheme}" for what, scheme in schemes.items()]
+    return spelled
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    """The options that recipes know with their values, anything else with an empty name."""
+    pairs = []
     rest = iter(arguments)
     for argument in rest:
-        option, equals, name = argument.partition("=")
-        if option != "--recipe":
-            spelled.append(argument)
+        option, equals, value = argument.partition("=")
+        if option not in ("--recipe", "--config", "--weight", "--activation"):
+            pairs.append(("", argument))
+        elif equals or (value := next(rest, "")):
+            pairs.append((option, value))
         else:
-            spelled.append(f"--config={path_of(name if equals else next(rest, ''))}")
-    return spelled
+            raise ValueError(f"{option} needs a value")
+    return pairs
 
 
 _ABOUT_WHAT = (
@@ -258,6 +315,7 @@ _ABOUT_WHAT = (
 )
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "recipes": recipes,
     "train": train,
     "evaluate": evaluate,
     "summary": summary,

@@ -9,7 +9,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,9 @@ from torch import nn
 
 from foldbit import convert, models, options
 from foldbit.core.config import QuantConfig
+from foldbit.training import composition
+from foldbit.training.composition import names as names
+from foldbit.training.composition import path_of as path_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class Recipe:
     Attributes:
         model: a registered model, such as resnet8-xnor.
         model_args: arguments of the model.
-        quant: how to quantize it; None trains it in float.
-        init: a run folder whose weights to start from, of the same model; None starts from random ones.
+        quant: how to quantize it; None, or ``fp`` for weight and activation, trains it in float.
+        init: weights to start from: a run folder of the same model, ``torchvision/NAME``, ``timm/NAME`` or a
+            file with a state dict (:mod:`foldbit.models.pretrained`); None starts from random ones.
         data: which images.
         epochs: passes over the training images.
         batch_size: images a step, on all processes together.
@@ -123,6 +126,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.quant is not None and self.quant.weight == self.quant.activation == "fp":
+            object.__setattr__(self, "quant", None)  # one way to say that a network stays float
         for name in ("epochs", "batch_size", "lr", "gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
@@ -132,32 +137,25 @@ class Recipe:
             raise ValueError("schedule 'steps' needs milestones, such as --milestones=[150,250]")
 
 
-def names() -> tuple[str, ...]:
-    """The packaged recipes."""
-    folder = resources.files("foldbit") / "recipes"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
-
-
-def path_of(name: str) -> Path:
-    """The YAML file of a packaged recipe.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in names():
-        raise ValueError(
-            f"unknown recipe {name!r}; known are {', '.join(names())}, or give a file to --config"
-        )
-    return Path(str(resources.files("foldbit") / "recipes" / f"{name}.yaml"))
-
-
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write a recipe as YAML."""
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
-def load(*paths: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: later files change earlier ones, and overrides (``--data.name=digits``) change all.
+def load(
+    *paths: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    weight: str | None = None,
+    activation: str | None = None,
+) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        paths: YAML files, which may name a base (:mod:`foldbit.training.composition`); later ones change
+            earlier ones.
+        overrides: options, ``--data.name=digits``, that change all files.
+        weight: scheme of the weights, instead of the files'.
+        activation: scheme of the activations, likewise, with the settings that the files have for it.
 
     Raises:
         ValueError: where a file or an override does not fit, saying why.
@@ -167,8 +165,10 @@ def load(*paths: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_class_arguments(Recipe)
+    found = [composition.resolve(path, weight=weight, activation=activation) for path in paths]
+    files = [word for fields in found for word in composition.spell(fields)]
     try:
-        given = parser.parse_args([*(f"--config={path}" for path in paths), *overrides])
+        given = parser.parse_args([*files, *overrides])
         del given["config"]
         return Recipe(**vars(parser.instantiate(given)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -176,8 +176,39 @@ def load(*paths: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
         raise ValueError(f"not a recipe: {', '.join(map(str, paths))}: {why}") from error
 
 
-def build(recipe: Recipe) -> nn.Module:
-    """The recipe's model, fresh: created, quantized where it asks for it, its weights random."""
+def fit(recipe: Recipe, classes: int | None = None, channels: int | None = None) -> Recipe:
+    """The recipe for images of so many classes and channels: written into the arguments of its model.
+
+    A model that takes no ``num_classes`` or ``in_channels`` is left as it is.
+
+    Raises:
+        ValueError: where the recipe asks for other numbers, or there is no such model.
+    """
+    taken = models.arguments(recipe.model)
+    filled = dict(recipe.model_args)
+    for name, count, what in (("num_classes", classes, "classes"), ("in_channels", channels, "channels")):
+        if count is None or name not in taken:
+            continue
+        if filled.setdefault(name, count) != count:
+            raise ValueError(
+                f"model_args.{name} is {filled[name]}, and the images ({recipe.data.name}) have {count} "
+                f"{what}; leave {name} out, and it follows from the images"
+            )
+    return dataclasses.replace(recipe, model_args=filled)
+
+
+def build(recipe: Recipe, *, classes: int | None = None, channels: int | None = None) -> nn.Module:
+    """The recipe's model, fresh: created, quantized where it asks for it, its weights random.
+
+    Args:
+        recipe: what to build.
+        classes: of the images; None takes the recipe's, or the model's default.
+        channels: of the images, likewise.
+
+    Raises:
+        ValueError: as :func:`fit` does, and where the model refuses its arguments.
+    """
+    recipe = fit(recipe, classes, channels)
     torch.manual_seed(recipe.seed)
     model = models.create(recipe.model, **recipe.model_args)
     if recipe.quant is not None:
