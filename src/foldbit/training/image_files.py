@@ -89,7 +89,7 @@ class ImageFiles:
         """
         if self.held is not None:
             return self.held.index_select(0, indices)
-        return torch.stack([self._decode(index) for index in indices.tolist()])
+        return torch.from_numpy(np.stack([self._decode(index) for index in indices.tolist()]))
 
     def hold(self) -> ImageFiles:
         """The same images, decoded once, by as many threads as there are processors.
@@ -97,16 +97,16 @@ class ImageFiles:
         Raises:
             DataError: where images cannot be decoded, naming the first five of them.
         """
-        held = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+        held = np.empty((len(self), *self.shape), np.uint8)
 
         def decode(index: int) -> None:
-            held[index] = self._decode(index)
+            held[index] = self._decode(index)  # by NumPy: torch would bring threads of its own into each
 
         for_each(decode, len(self), f"decoding {self.folder.name}")
-        return replace(self, held=held)
+        return replace(self, held=torch.from_numpy(held))
 
-    def _decode(self, index: int) -> Tensor:
-        return to_tensor(_fit(self.picture(index), self.shape[1:]))
+    def _decode(self, index: int) -> np.ndarray:
+        return to_array(_fit(self.picture(index), self.shape[1:]))
 
 
 def for_each(work: Callable[[int], T], count: int, title: str) -> list[T]:
@@ -176,16 +176,17 @@ def probe(path: Path, upright: bool) -> tuple[tuple[int, int], bool]:
         return size, image.mode in _GREY
 
 
-def to_tensor(image: Image) -> Tensor:
+def to_array(image: Image) -> np.ndarray:
     """Pixels, uint8 ``[C, H, W]``."""
     values = np.array(image)
-    return torch.from_numpy(values[None] if values.ndim == 2 else values.transpose(2, 0, 1).copy())
+    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
 _AT_ONCE = 4096  # files that are waited for at once
 _SHOWN = 5  # errors of several
 
-_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow knows some that run programs
+# Pillow knows others, some of which run programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _MODES = {1: "L", 3: "RGB"}
 _GREY = ("1", "L", "LA", "La")
 _EIGHT_BITS = (*_GREY, "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
@@ -195,24 +196,30 @@ _ORIENTATION = 0x0112
 @contextmanager
 def _opened(path: Path) -> Iterator[Image]:
     image_module = pillow()
+    from PIL import UnidentifiedImageError
+
     try:
-        with image_module.open(path, formats=_FORMATS) as image:
+        with image_module.open(path, formats=_formats(image_module)) as image:
             yield image
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is no image of a kind that is read ({', '.join(_FORMATS)})") from None
     except _WHAT_PILLOW_RAISES as error:
         raise DataError(f"{path} cannot be decoded: {error}") from error
     except image_module.DecompressionBombError as error:
         raise DataError(f"{path} is refused: {error}") from error
 
 
-# Of its own errors some are OSError; broken files reach others in its plugins.
-_WHAT_PILLOW_RAISES = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError),
-    *(struct.error, OverflowError, ZeroDivisionError, MemoryError, NotImplementedError),
-)
+def _formats(image_module: ModuleType) -> list[str]:
+    image_module.init()
+    return [name for name in _FORMATS if name in image_module.OPEN]  # it may be built without some
+
+
+# Nobody lists them; thousands of broken files of each format have brought up no others.
+_WHAT_PILLOW_RAISES = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error)
 
 
 def _turned(image: Image, upright: bool) -> Image:

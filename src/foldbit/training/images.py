@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from foldbit.training import augment as augmentation
 from foldbit.training.augment import Augment
 from foldbit.training.idx import DataError
-from foldbit.training.image_files import ImageFiles, to_tensor
+from foldbit.training.image_files import ImageFiles, to_array
 
 Normalize = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation, each per channel
 
@@ -280,7 +280,8 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         images = []
         for index, number in zip(chosen.tolist(), numbers[:, 0].tolist(), strict=True):
             if isinstance(self.image_set, ImageFiles):
-                images.append(to_tensor(self.from_pictures(self.image_set.picture(index), number)))
+                changed = self.from_pictures(self.image_set.picture(index), number)
+                images.append(torch.from_numpy(to_array(changed)))
             else:
                 images.append(self.from_pictures(self.image_set.images[index], number))
         return torch.stack(images)
