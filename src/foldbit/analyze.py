@@ -168,12 +168,11 @@ def _activations(source: Source, names: Sequence[str]) -> tuple[list[Layer], str
 
 
 def _run_folder(path: Path, count: int, data: str | None) -> Source:
-    from foldbit.training import data as datasets
     from foldbit.training import loop
     from foldbit.training.images import batches
 
     model, recipe = loop.load_run(path)
-    images = datasets.load(recipe.data.name, data or recipe.data.folder, download=recipe.data.download)
+    images = loop.load_data(recipe, data)
     chosen = images.test[:count]
 
     def inputs() -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from foldbit.training import downloads
 from foldbit.training.idx import DataError
@@ -82,14 +83,18 @@ class ImageFiles:
         return open_image(self.path(index), self.shape[0], self.upright)
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Images in the size wanted: uint8 ``[B, C, H, W]``, from memory where they are held.
+        """Images in the size wanted: uint8 ``[B, C, H, W]``.
+
+        From memory where they are held; else decoded, by as many threads as there are processors, or by one in
+        a loader's worker process.
 
         Raises:
             DataError: where one cannot be decoded, naming it.
         """
         if self.held is not None:
             return self.held.index_select(0, indices)
-        return torch.from_numpy(np.stack([self._decode(index) for index in indices.tolist()]))
+        with ThreadPoolExecutor(os.cpu_count() if get_worker_info() is None else 1) as pool:
+            return torch.from_numpy(np.stack(list(pool.map(self._decode, indices.tolist()))))
 
     def hold(self) -> ImageFiles:
         """The same images, decoded once, by as many threads as there are processors.
