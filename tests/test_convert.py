@@ -215,6 +215,27 @@ def test_layers_whose_weights_are_read_past_them_are_left_alone():
     assert "without calling it" in fb.conversion_report(model).left_float["0.layers.1.linear2"]
 
 
+class Windowed(nn.Module):
+    """Reads the weight of one child, as windowed attention does, and calls the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.shared = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+        return self.shared(self.proj(y))
+
+
+def test_a_forward_pass_that_reads_a_weight_is_noticed():
+    model = nn.Sequential(type("Inheriting", (Windowed,), {})(), nn.Linear(4, 4))
+    fb.quantize_(model, W1A2, skip=())
+    assert quantized(model) == ["0.proj", "0.shared", "1"]
+    assert fb.conversion_report(model).left_float == {
+        "0.qkv": "Inheriting reads its weight without calling it"
+    }
+
+
 @pytest.mark.parametrize(
     "layer",
     [

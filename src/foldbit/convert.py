@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dis
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -380,25 +383,39 @@ def _skipped(skip: str | tuple[str, ...], candidates: Mapping[str, nn.Module]) -
 
 def _unsupported(model: nn.Module) -> dict[str, str]:
     """Layers that hold a weight matrix and are not quantizable, with the reason."""
-    # Its fast path hands the weights of its linear layers to one kernel, past their own forward passes.
+    read = {kind: _reads_weights_of(kind) for kind in {type(module) for module in model.modules()}}
     bypassed = {
-        child
+        child: f"{type(module).__name__} reads its weight without calling it"
         for module in model.modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child in (module.linear1, module.linear2)
+        for name, child in module.named_children()
+        if name in read[type(module)]
     }
     reasons = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, (*_QUANTIZED, PackedLayer)):
             continue
-        if module in bypassed:
-            reasons[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
-        elif type(module) in layers.TWINS:
-            if "weight" not in module._parameters:
+        if type(module) in layers.TWINS:
+            if module in bypassed:
+                reasons[name] = bypassed[module]
+            elif "weight" not in module._parameters:
                 reasons[name] = "its weight is computed from other parameters, as weight_norm does"
         elif isinstance(module, _QUANTIZABLE):
             reasons[name] = f"{kind} is a subclass whose forward pass is its own"
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
             reasons[name] = f"{kind} has no quantized twin"
     return reasons
+
+
+def _reads_weights_of(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of children whose ``weight`` a forward pass reads, past their own forward passes.
+
+    torch's transformer layers do, and windowed attention in torchvision and timm, which has
+    ``F.linear(x, self.qkv.weight)``. The bytecode tells, where two attributes are loaded in a row.
+    """
+    found = set()
+    for base in kind.__mro__:  # a subclass may call what it overrides
+        if inspect.isfunction(forward := vars(base).get("forward")):
+            loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(forward)]
+            found |= {child for child, attribute in pairwise(loaded) if child and attribute == "weight"}
+    return frozenset(found)
