@@ -154,7 +154,7 @@ def complaints(measured: Measured) -> dict[tuple[str, str], str]:
         for what in ("weight", "activation"):
             for kind, sentence in _of_planes(what, values):
                 found[layer, f"{what}, {kind}"] = f"layer {layer}: {sentence}"
-        if values.get("activation dead", 0.0) > DEAD:
+        if values.get("activation dead", 0.0) > DEAD and values["activation scale 1"] > 0:
             found[layer, "activation, dead"] = (
                 f"layer {layer}: {values['activation dead']:.1%} of its inputs get no gradient, for they lie "
                 "outside the clamp or the estimator's window; take a larger clamp, a batch norm before the "
