@@ -1,18 +1,20 @@
 # make demo    train, pack and run a network on real images; the page it writes is the quickest tour
 # make test    everything CI checks: ruff, mypy, pytest
+# make test-vision   the tests against torchvision and timm, in an environment of their own (gigabytes, once)
 # make bench   time the kernels and whole networks against other engines, one core kept busy for ten minutes
 # make wheel   build sdist and wheel, and try the wheel where there is no compiler
 # make clean   remove the virtual environment and everything built
 
 PYTHON ?= python3
 VENV   ?= .venv
+VISION ?= .venv-vision
 BIN    := $(VENV)/bin
 # The pinned versions to install with; empty it to take the newest that the package allows.
 CONSTRAINTS ?= -c constraints.txt
 CODE   := src tests benchmarks examples
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench wheel clean setup data tools
+.PHONY: demo test test-vision bench wheel clean setup data tools
 
 demo: setup data
 	@echo "== running the demo (about four minutes on two quiet cores)"
@@ -27,6 +29,9 @@ test: setup data tools
 	@echo "== pytest"
 	$(BIN)/pytest
 
+test-vision: .make/vision
+	$(VISION)/bin/pytest -m vision tests
+
 bench: .make/bench
 	@echo "== benchmarks (about ten minutes; leave the machine alone meanwhile)"
 	$(BIN)/python benchmarks/kernels.py --json runs/bench/kernels.json --plot runs/bench/kernels.png
@@ -37,7 +42,7 @@ wheel: setup
 	bash tests/wheel_smoke.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .make build dist
+	rm -rf $(VENV) $(VISION) .make build dist
 
 # A virtual environment with the package, its extras and the native core. The stamp is renewed when the sources
 # of the core or the list of dependencies change. Editable: Python sources are used as they lie here.
@@ -49,6 +54,15 @@ setup: .make/setup
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(CONSTRAINTS)
+	@mkdir -p .make && touch $@
+
+# A second environment: torchvision pins a torch of its own. The core is built apart, beside the other one's.
+.make/vision: pyproject.toml constraints-vision.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "== setting up $(VISION): torch, torchvision, timm (a few minutes, once)"
+	test -x $(VISION)/bin/python || $(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --quiet --upgrade pip
+	$(VISION)/bin/python -m pip install --quiet --editable '.[dev,vision]' -C build-dir=build/vision \
+	  -c constraints-vision.txt
 	@mkdir -p .make && touch $@
 
 .make/bench: .make/setup

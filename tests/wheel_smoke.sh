@@ -20,10 +20,15 @@ CC=false CXX=false PATH="$work/bin" "$work/venv/bin/python" -m pip install --qui
 echo "== using it"
 cd "$work"  # away from the sources
 PATH="$work/bin" "$work/venv/bin/python" -W error - <<'PYTHON'
+from importlib import resources
+
 import torch
 import foldbit as fb
 import foldbit.kernels.native as native
 
+recipes = [f"{path.parent.name}/{path.name}" for path in (resources.files("foldbit") / "recipes").glob("*/*.yaml")]
+assert {"imagenet/resnet18.yaml", "mnist/lenet5.yaml"} <= set(recipes), recipes
+assert (resources.files("foldbit") / "recipes" / "published.yaml").is_file()
 assert native.available()[:-1], "the wheel brings no native core"
 torch.manual_seed(0)
 model = fb.models.create("resnet8-xnor").eval()
