@@ -512,6 +512,14 @@ def test_recipes_know_the_same_data_sets() -> None:
     assert typing.get_args(names) == typing.get_args(data.Name)
 
 
+@pytest.mark.parametrize(
+    ("field", "given_value", "least"), [("train_images", 0, 1), ("image_size", -3, 1), ("workers", -1, 0)]
+)
+def test_recipes_refuse_counts_that_are_none(field: str, given_value: int, least: int) -> None:
+    with pytest.raises(ValueError, match=f"data.{field} must be at least {least}; got {given_value}"):
+        recipes.DataConfig(**{field: given_value})  # type: ignore[arg-type]
+
+
 def test_load_in_colour(tmp_path: Path) -> None:
     mine = write_files(tmp_path / "mine", small_fashion())
     grey, colour = data.load("mnist", mine), data.load("mnist", mine, channels=3)

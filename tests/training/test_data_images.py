@@ -57,6 +57,24 @@ def test_image_data_refuses() -> None:
             ImageData("x", image_set(), image_set(), ten, mean, std, "here")
 
 
+def test_image_sets_in_grey_and_in_colour() -> None:
+    grey, colour = image_set(), image_set(channels=3)
+    assert (grey.shape, colour.shape) == ((1, 3, 2), (3, 3, 2))
+    assert grey.with_channels(1) is grey and colour.with_channels(3) is colour
+    made = grey.with_channels(3)
+    assert torch.equal(made.images, colour.images) and torch.equal(made.labels, grey.labels)
+    assert made.images.untyped_storage().nbytes() == grey.images.untyped_storage().nbytes()
+    chosen = made.pixels(torch.tensor([7, 2]))
+    assert torch.equal(chosen, colour.images[[7, 2]]) and chosen.is_contiguous()
+    # Equal red, green and blue are their own grey, at any length.
+    long = ImageSet(torch.arange(2500).remainder(256).byte().reshape(-1, 1, 1, 1), torch.zeros(2500).long())
+    assert torch.equal(long.with_channels(3).with_channels(1).images, long.images)
+    primary = ImageSet((255 * torch.eye(3)).byte().reshape(3, 3, 1, 1), torch.arange(3))
+    assert primary.with_channels(1).images.flatten().tolist() == [76, 150, 29]  # of 255: .299, .587, .114
+    with pytest.raises(DataError, match="images of 2 channels cannot be given 3"):
+        image_set(channels=2).with_channels(3)
+
+
 # Batches
 
 

@@ -85,8 +85,8 @@ class ImageFiles:
     def pixels(self, indices: Tensor) -> Tensor:
         """Images in the size wanted: uint8 ``[B, C, H, W]``.
 
-        From memory where they are held; else decoded, by as many threads as there are processors, or by one in
-        a loader's worker process.
+        From memory where they are held; else decoded, by as many threads as there are processors, or in a
+        loader's worker process by one.
 
         Raises:
             DataError: where one cannot be decoded, naming it.
