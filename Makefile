@@ -82,7 +82,8 @@ data: .make/data
 	else echo "== data: no apt here, or not root; the demo will try a download"; fi
 	@mkdir -p .make && touch $@
 
-# Chromium opens a page, and a compiler and an emulator for ARM check its kernels; tests that lack them skip.
+# Chromium opens a page, a compiler and an emulator for ARM check its kernels, and SIMDe those for AVX-512 on
+# machines without it; tests that lack them skip.
 tools: .make/tools
 
 .make/tools:
@@ -90,6 +91,7 @@ tools: .make/tools
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	command -v aarch64-linux-gnu-g++ >/dev/null || missing="$$missing g++-aarch64-linux-gnu"; \
 	command -v qemu-aarch64 >/dev/null || missing="$$missing qemu-user"; \
+	[ -e /usr/include/simde/x86/avx512.h ] || missing="$$missing libsimde-dev"; \
 	if [ -z "$$missing" ]; then echo "== tools for tests: all there"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  echo "== tools for tests: installing$$missing"; \

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foldbit import timing
-from foldbit.kernels import native
+from foldbit.packed.ops import Constants
 from foldbit.tables import table
 from foldbit.timing import Timing
 
@@ -110,21 +113,65 @@ def native_calls(seconds: list[float] | None = None) -> Iterator[list[Callable[[
         seconds: gets what each takes.
     """
     calls: list[Callable[[], object]] = []
-    original = native.conv
+    original = Constants.prepared
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(partial(original, *args, **kwargs))
-        start = time.perf_counter()
-        result = original(*args, **kwargs)
-        if seconds is not None:
-            seconds.append(time.perf_counter() - start)
-        return result
+    def prepared(self: Constants, activation_planes: int, in_channels: int) -> _Noting:
+        channels = self.weight_scales.shape[1]
+        return _Noting(original(self, activation_planes, in_channels), channels, calls, seconds)
 
-    native.conv = noting  # type: ignore[assignment]
+    Constants.prepared = prepared  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        native.conv = original
+        Constants.prepared = original  # type: ignore[method-assign]
+
+
+@dataclass
+class _Noting:
+    """A prepared convolution that notes its calls, with memory of their own."""
+
+    prepared: Any
+    out_channels: int
+    calls: list[Callable[[], object]]
+    seconds: list[float] | None
+
+    def run_at(
+        self,
+        x: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        scales: int,
+        by_image: bool,
+        residual: int,
+        out: int,
+        out_size: Sequence[int],
+        threads: int,
+    ) -> None:
+        results = (shape[0], *out_size, self.out_channels)
+        span = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+        planes = self.prepared.activation_planes
+        inputs = [_copy(x, span), _copy(scales, planes * (shape[0] if by_image else 1))]
+        held = _copy(residual, math.prod(results)) if residual else None
+        own = torch.empty(results)
+        arguments = (shape, strides, inputs[1].data_ptr(), by_image)
+        rest = (0 if held is None else held.data_ptr(), own.data_ptr(), out_size, threads)
+
+        def again() -> Any:
+            assert held is None or len(held)  # kept alive by this function, as the inputs are
+            self.prepared.run_at(inputs[0].data_ptr(), *arguments, *rest)
+            return own.numpy()
+
+        self.calls.append(again)
+        start = time.perf_counter()
+        self.prepared.run_at(x, shape, strides, scales, by_image, residual, out, out_size, threads)
+        if self.seconds is not None:
+            self.seconds.append(time.perf_counter() - start)
+
+
+def _copy(address: int, count: int) -> torch.Tensor:
+    """Floats at an address, in aligned memory."""
+    there = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(there, dtype=torch.float32).clone()
 
 
 def microseconds(time: Timing) -> str:

@@ -1,5 +1,6 @@
 """The C++ core by itself: on 64-bit ARM under an emulator, and under sanitizers, against plain loops."""
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,6 +51,20 @@ def test_neon_equals_plain_loops_under_an_emulator(tmp_path):
     emulator = need("qemu-aarch64", "qemu-user")
     program = build(tmp_path, compiler, ["-O2", "-static", "-DFOLDBIT_NEON"], {"portable": [], "neon": []})
     run([emulator, program, "100"], ["portable", "neon"])
+
+
+def test_avx512_equals_plain_loops_on_any_machine(tmp_path):
+    """SIMDe stands in for the instructions, which this machine may lack."""
+    compiler = need("g++", "g++")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("its AVX2 file is for x86-64")
+    if not Path("/usr/include/simde/x86/avx512.h").is_file():
+        pytest.skip("SIMDe is not installed (Debian: libsimde-dev)")
+    shim = f"-I{ROOT / 'tests/native/avx512'}"
+    kernels = {"portable": [], "avx2": ["-mavx2"], "avx512": [shim, "-Wno-psabi"]}
+    options = ["-O1", "-DFOLDBIT_X86", "-D__builtin_cpu_supports(feature)=1"]
+    program = build(tmp_path, compiler, options, kernels)
+    run([program, "60"], ["portable", "avx2", "avx512"])
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

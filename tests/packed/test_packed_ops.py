@@ -1,6 +1,7 @@
 """The custom operator: what torch asks of one, and that export and compile see through packed layers."""
 
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -42,6 +43,12 @@ PROBLEMS = {
 }
 
 
+def convolve(x, words, weight_scales, activation_scales, bias, stride, padding, dilation, out_size):
+    """The operator's arguments, as a layer passes them."""
+    constants = ops.Constants(words, weight_scales, bias, stride, padding, dilation)
+    return ops.packed_conv(x, constants, activation_scales, out_size)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_operator_is_a_good_citizen(name):
     torch.library.opcheck(torch.ops.foldbit.packed_conv.default, PROBLEMS[name])
@@ -52,30 +59,72 @@ def test_the_operator_is_a_good_citizen(name):
 def test_the_output_is_channels_last_float32_of_the_shape_asked_for(name, backend):
     arguments = PROBLEMS[name]
     with native.use(backend):
-        y = ops.packed_conv(*arguments)
+        y = convolve(*arguments)
     assert y.dtype == torch.float32
     assert y.shape == (len(arguments[0]), arguments[2].shape[1], *arguments[-1])
     assert y.is_contiguous(memory_format=torch.channels_last)
-    fake = ops.packed_conv(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
+    fake = convolve(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
     assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
 
 
 def test_inputs_are_not_changed_and_may_have_any_strides():
     x, *rest = PROBLEMS["conv"]
-    y = ops.packed_conv(x, *rest)
+    y = convolve(x, *rest)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
     for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-        assert torch.equal(ops.packed_conv(other, *rest), y)
+        assert torch.equal(convolve(other, *rest), y)
     scales = rest[2].t().contiguous().t()
-    assert torch.equal(ops.packed_conv(x, *rest[:2], scales, *rest[3:]), y)
+    assert torch.equal(convolve(x, *rest[:2], scales, *rest[3:]), y)
     for a, b in zip(before, (x, *rest), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_scales_may_be_those_of_all_images():
+    x, words, weight_scales, scales, *rest = PROBLEMS["conv"]
+    alike = scales[:1].expand(len(x), -1)
+    expected = convolve(x, words, weight_scales, alike.contiguous(), *rest)
+    for given in (scales[:1], alike):
+        assert torch.equal(convolve(x, words, weight_scales, given, *rest), expected)
+
+
+def test_what_is_not_float32_or_of_another_size_is_refused_before_memory_is_touched():
+    x, words, weight_scales, scales, *rest = PROBLEMS["grouped"]
+    with pytest.raises(ValueError, match="must be float32"):
+        convolve(x.double(), words, weight_scales, scales, *rest)
+    with pytest.raises(ValueError, match="must be float32"):
+        convolve(x, words, weight_scales, scales.half(), *rest)
+    with pytest.raises(ValueError, match=r"scales \[2, planes\] or \[1, planes\]"):
+        convolve(x, words, weight_scales, scales.repeat(2, 1), *rest)
+    with pytest.raises(ValueError, match="must divide the channels of x, got 11"):
+        convolve(x[:, :11], words, weight_scales, scales, *rest)
+    constants = ops.Constants(words, weight_scales, *rest[:-1])
+    residual = torch.zeros(2, 6, 3, 3)
+    with pytest.raises(ValueError, match="must be float32"):
+        ops.packed_conv(x, constants, scales, rest[-1], residual.double())
+    with pytest.raises(ValueError, match="of the output's shape"):
+        ops.packed_conv(x, constants, scales, rest[-1], residual[:1])
+    with pytest.raises(RuntimeError):
+        torch.vmap(lambda x: ops.packed_conv(x, constants, scales, rest[-1]))(x[None])
+
+
+def test_constants_may_change_in_place_and_be_copied():
+    x, words, weight_scales, scales, bias, *geometry, out_size = PROBLEMS["conv"]
+    constants = ops.Constants(words.clone(), weight_scales.clone(), bias.clone(), *geometry)
+    before = ops.packed_conv(x, constants, scales, out_size)
+    for other in (copy.deepcopy(constants), pickle.loads(pickle.dumps(constants))):
+        other.bias.add_(1)
+        torch.testing.assert_close(ops.packed_conv(x, other, scales, out_size), before + 1)
+        other.bias.sub_(bias + 1)
+        other.weight_scales.mul_(2)
+        expected = 2 * (before - bias[:, None, None])
+        torch.testing.assert_close(ops.packed_conv(x, other, scales, out_size), expected)
+    assert torch.equal(ops.packed_conv(x, constants, scales, out_size), before)
 
 
 def test_without_a_backend_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "_active", None)
     with pytest.raises(native.KernelUnavailable, match="FOLDBIT_ISA=reference"):
-        ops.packed_conv(*PROBLEMS["conv"])
+        convolve(*PROBLEMS["conv"])
 
 
 # --- export and compile
@@ -207,24 +256,24 @@ def test_whoever_watches_operators_sees_this_one():
 
     names = []
     arguments = PROBLEMS["conv"]
-    y = ops.packed_conv(*arguments)
+    y = convolve(*arguments)
     with Seen():
-        assert torch.equal(ops.packed_conv(*arguments), y)
+        assert torch.equal(convolve(*arguments), y)
     assert "foldbit.packed_conv.default" in names
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = ops.packed_conv(mode.from_tensor(arguments[0]), *arguments[1:])
+        fake = convolve(mode.from_tensor(arguments[0]), *arguments[1:])
     assert isinstance(fake, FakeTensor) and fake.shape == y.shape and fake.stride() == y.stride()
-    traced = make_fx(lambda x: ops.packed_conv(x, *arguments[1:]))(arguments[0])
+    traced = make_fx(lambda x: convolve(x, *arguments[1:]))(arguments[0])
     assert "packed_conv" in traced.code
-    watched = ops.packed_conv(arguments[0].clone().requires_grad_(), *arguments[1:])
+    watched = convolve(arguments[0].clone().requires_grad_(), *arguments[1:])
     assert watched.requires_grad and torch.equal(watched, y)
 
 
 def test_the_default_dtype_is_no_matter():
     arguments = PROBLEMS["conv"]
-    y = ops.packed_conv(*arguments)
+    y = convolve(*arguments)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(ops.packed_conv(*arguments), y)
+        assert torch.equal(convolve(*arguments), y)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -153,6 +153,49 @@ def conv(
     )
 
 
+def is_compiled() -> bool:
+    """Whether the current backend is the compiled core."""
+    return _active is not None and _active is _native
+
+
+def prepare_conv(
+    w: NDArray[np.uint32],
+    weight_scales: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    *,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    thresholds: NDArray[np.float32] | None,
+    flips: NDArray[np.uint32] | None,
+    slopes: NDArray[np.float32] | None,
+    activation_planes: int,
+    in_channels: int,
+) -> Any:
+    """The compiled core's :func:`conv` with all that stays the same from call to call, checked once.
+
+    The arrays are used as they lie, dense, and kept. The result's ``run_at(x, shape, strides, scales,
+    scales_by_image, residual, out, out_size, threads)`` takes addresses of float32 memory, for which the
+    caller vouches: x ``[N, C, H, W]`` with strides in floats; scales ``[planes]``, or ``[N, planes]`` by image;
+    residual (or 0) and out dense ``[N, OH, OW, out]``.
+    """
+    if _native is None:
+        raise KernelUnavailable(_why_missing())
+    return _native.PreparedConv(
+        w,
+        weight_scales,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        thresholds=thresholds,
+        flips=flips,
+        slopes=slopes,
+        activation_planes=activation_planes,
+        in_channels=in_channels,
+    )
+
+
 def has_solvers() -> bool:
     """Whether the compiled solvers can run here."""
     return _native is not None

@@ -143,8 +143,9 @@ class PackedLayer(nn.Module):
         if self.spec.config.activation == "fp":
             y = self._from_images(self._float_conv(images), x).to(x.dtype)
             return y if residual is None else y + residual
-        added = None if residual is None else self._as_output_images(residual.float())
-        return self._from_images(self._bitwise_conv(images, added), x).to(x.dtype)
+        added = None if residual is None else self._as_output_images(_float32(residual))
+        y = self._from_images(self._bitwise_conv(images, added), x)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Quantization and geometry."""
@@ -171,27 +172,13 @@ class PackedLayer(nn.Module):
             x = x.clamp(-spec.config.clamp, spec.config.clamp)
         scales = self._input_scales(x)
         out_size = spec.out_size(x.shape[2], x.shape[3])
-        x, padding = self._pad(x.float())
-        return ops.packed_conv(
-            x,
-            self.words,
-            self.weight_scales,
-            scales,
-            self.output_bias,
-            spec.stride,
-            padding[::2],  # top and left; the other two follow from the size
-            spec.dilation,
-            out_size,
-            self.thresholds,
-            self.flips,
-            self.slopes,
-            residual,
-        )
+        x = _float32(x if spec.padding_mode == "zeros" else self._pad(x)[0])
+        return ops.packed_conv(x, self.constants, scales, out_size, residual)
 
     def _input_scales(self, x: Tensor) -> Tensor:
         """The input's scales, float32 ``[N, k]``."""
         if self.input_scales is not None:
-            return self.input_scales if x.shape[0] == 1 else self.input_scales.expand(x.shape[0], -1)
+            return self.input_scales
         scheme = schemes.parse(self.spec.config.activation)
         if x.numel() == 0:
             return x.new_zeros(x.shape[0], scheme.planes, dtype=torch.float32)
@@ -264,6 +251,17 @@ class PackedLayer(nn.Module):
             if spec.activation_planes <= thresholds.MAX_PLANES:
                 found = thresholds.find(self._before_folding(), self.activation_scales, spec.in_channels)
                 self.thresholds, self.flips = thresholds.lay_out(*found, spec.groups * spec.segments)
+        self.constants = ops.Constants(
+            self.words,
+            self.weight_scales,
+            self.output_bias,
+            spec.stride,
+            spec.padding[::2] if spec.padding_mode == "zeros" else (0, 0),  # top and left
+            spec.dilation,
+            self.thresholds,
+            self.flips,
+            self.slopes,
+        )
 
     def _before_folding(self) -> Callable[[Tensor], Tensor]:
         """What happens to values ``[n, channels]`` before they are folded."""
@@ -327,14 +325,20 @@ class PackedLinear(PackedLayer):
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}; it does the work of a batch "
                 "norm or PReLU, whose channels are dim 1, so it takes [N, C]; or pack with fuse=False"
             )
+        if x.ndim == 2:  # the usual case, in one step: views cost as much as a small layer
+            return x[:, :, None, None]
         samples = x.shape[0] if x.ndim > 1 else 1
         places = math.prod(x.shape[1:-1])
         return x.reshape(samples, places, x.shape[-1]).transpose(1, 2).unsqueeze(3)
 
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return y.flatten(1)
         return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], self.spec.out_channels)
 
     def _as_output_images(self, y: Tensor) -> Tensor:
+        if y.ndim == 2:
+            return y[:, :, None, None]
         return y.reshape(y.shape[0] if y.ndim > 1 else 1, -1, y.shape[-1]).transpose(1, 2).unsqueeze(3)
 
     def _for_neighbours(self, x: Tensor) -> Tensor:
@@ -345,6 +349,10 @@ class PackedLinear(PackedLayer):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = F.linear(x.squeeze(3).transpose(1, 2), self.weight().flatten(1).to(x.dtype), bias)
         return y.transpose(1, 2).unsqueeze(3)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 else x.float()
 
 
 _KINDS: dict[str, type[PackedLayer]] = {

@@ -124,17 +124,15 @@ class LayerSpec:
         if self.kind == "linear":
             return height, width  # of which there may be none
         top, bottom, left, right = self.padding
-        padded = (height + top + bottom, width + left + right)
-        spans = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        if padded[0] < spans[0] or padded[1] < spans[1]:
+        height, width = height + top + bottom, width + left + right
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        spans = dh * (kh - 1) + 1, dw * (kw - 1) + 1
+        if height < spans[0] or width < spans[1]:
             raise ValueError(
-                f"the kernel spans {spans[0]}×{spans[1]}, but the input is only {padded[0]}×{padded[1]}, "
+                f"the kernel spans {spans[0]}×{spans[1]}, but the input is only {height}×{width}, "
                 "padding included"
             )
-        return (
-            (padded[0] - spans[0]) // self.stride[0] + 1,
-            (padded[1] - spans[1]) // self.stride[1] + 1,
-        )
+        return (height - spans[0]) // self.stride[0] + 1, (width - spans[1]) // self.stride[1] + 1
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of everything that the layer stores: the layout of packed files."""
