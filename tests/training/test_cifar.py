@@ -259,6 +259,7 @@ def test_truncated_pickles(length: int) -> None:
         pickles.read(WHOLE[:length], "file")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # pickletools', of texts that are refused
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=3)), max_size=4))
 def test_changed_pickles_are_read_or_refused(changes: list[tuple[int, bytes]]) -> None:

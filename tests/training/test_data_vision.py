@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,13 @@ def test_imagenet_augmentation_is_of_the_whole_image(tmp_path: Path, monkeypatch
         ]
     )(Image.open(held.path(0)))
     torch.testing.assert_close(first[0], expected / 255, rtol=0, atol=1e-6)
+
+
+def test_imagenet_augmentation_can_be_sent_to_processes_that_are_not_forked(image_set: images.Images) -> None:
+    channels = image_set.shape[0]
+    normalize = ((0.0,) * channels, (1.0,) * channels)
+    dataset = images.batches(image_set, 2, shuffle=True, normalize=normalize, augment="imagenet").dataset
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[13][0], dataset[13][0])
 
 
 def test_imagenet_augmentation_is_spread_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import pickle
 import struct
 import warnings
 import zlib
@@ -184,6 +185,19 @@ def test_what_lies_between_images(tmp_path: Path) -> None:
     assert data.load("folder", folder).source.endswith(
         f", without 2 files that are no images by their names, such as {notes}"
     )
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    folder = two_splits(tmp_path)
+    link = folder / "train" / "cat" / "link.png"
+    link.symlink_to("0.png")
+    assert len(data.load("folder", folder).train) == 17
+    link.unlink()
+    link.symlink_to("absent.png")
+    assert f"{link} is neither a file nor a link to one" in refused(folder)
+    link.unlink()
+    os.mkfifo(link)
+    assert f"{link} is neither a file nor a link to one" in refused(folder)
 
 
 def refused(tmp_path: Path, **arguments: Any) -> str:
@@ -481,6 +495,19 @@ def test_a_set_that_fits_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     check_pixels(found.train)
     loader = loader_of(found.train, found, workers=2)
     assert loader.num_workers == 0 and len(list(loader)) == 4
+
+
+def test_sets_can_be_sent_to_processes_that_are_not_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = two_splits(tmp_path)
+    for most in (2**30, 0):
+        monkeypatch.setattr(folders, "_MOST_HELD", most)
+        found = data.load("folder", folder)
+        dataset = loader_of(found.train, found).dataset
+        sent = pickle.loads(pickle.dumps(dataset))
+        for index in (3, 16 + 3, 5 * 16):  # in the epochs 0, 1 and 5
+            assert torch.equal(sent[index][0], dataset[index][0])
 
 
 def test_files_can_be_chosen_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,10 @@ def crop_flip(images: Tensor, numbers: np.ndarray) -> Tensor:
 
 
 def imagenet(size: tuple[int, int]) -> Callable[[Any, int], Any]:
-    """The paper's augmentation on ImageNet, which torchvision computes: a random part of the image resized
-    (8 to 100 % of it, its sides 3:4 to 4:3), half of them mirrored, brightness, contrast and saturation
-    changed.
+    """The paper's augmentation on ImageNet, which torchvision computes.
+
+    A random part of the image (8 to 100 % of it, its sides 3:4 to 4:3) is resized; half of them are mirrored;
+    and brightness, contrast and saturation are multiplied by 0.6 to 1.4.
 
     Args:
         size: height and width to resize to.

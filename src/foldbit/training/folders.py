@@ -64,8 +64,7 @@ def own(
 def imagenet(
     folder: AnyPath | None, *, image_size: int | None = None, channels: int | None = None
 ) -> ImageData:
-    """ImageNet's images of ILSVRC 2012: ``FOLDER/train/n01440764/*.JPEG`` and
-    ``FOLDER/val/n01440764/*.JPEG``.
+    """ImageNet's images of ILSVRC 2012: ``FOLDER/train/n01440764/*.JPEG``, and the same in ``FOLDER/val``.
 
     That is what torchvision's ``ImageNet`` makes of the published archives. Classes are the WordNet ids,
     sorted, which is the order of pretrained networks' outputs. A subset of the classes is accepted;
@@ -158,10 +157,12 @@ def _list(folder: Path) -> tuple[list[bytes], list[str]]:
                     continue
                 if entry.is_dir():
                     raise DataError(f"{entry.path} is a folder; {folder} should hold images and no folders")
-                if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                if not entry.name.lower().endswith(SUFFIXES):
+                    others.append(entry.path)
+                elif entry.is_file():  # opening a pipe would wait forever
                     images.append(os.fsencode(entry.name))
                 else:
-                    others.append(entry.path)
+                    raise DataError(f"{entry.path} is neither a file nor a link to one")
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error}") from error
     return images, others
