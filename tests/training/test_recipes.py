@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -437,3 +438,23 @@ class TestCatalogue:
     def test_mistakes(self, arguments, said):
         with pytest.raises(SystemExit, match=said):
             cli.main(["recipes", *arguments])
+
+
+def test_the_page_says_what_is_known(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    rows = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            name, epochs, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[name.split("`")[1]] = (int(epochs), cells)
+    assert set(rows) == set(recipes.names())
+    text = re.findall(r"\d+\.\d+", "".join(line for line in page.splitlines() if not line.startswith("|")))
+    for name, (epochs, cells) in rows.items():
+        assert epochs == packaged(name).epochs
+        known = {str(row).partition(" /")[0]: row for row in catalogue.accuracies().get(name, [])}
+        assert {cell for cell in cells if cell} <= set(known)
+        assert all(said in cells or said in text or row.weight == "fp" for said, row in known.items())
+    half = recipes.load(
+        write(tmp_path, half=re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]), activation="ls-1"
+    )
+    assert (half.epochs, half.quant.clamp, half.model_args["nonlinearity"]) == (120, 1.5, "prelu")
