@@ -72,7 +72,7 @@ class Habits:
 
     checkpoint_minutes: float = 15.0
     keep_best: bool = False
-    watch_every: int = 200
+    watch_every: int = 100
     look_every: int = 20
 
     def __post_init__(self) -> None:
