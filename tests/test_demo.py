@@ -80,7 +80,7 @@ def test_the_accuracy_is_that_of_the_file(finished, images):
 
 def test_it_takes_up_what_an_interrupted_call_trained(finished, images, monkeypatch, capsys):
     (finished.parent / "results.json").unlink()
-    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop._Training, "_epoch", lambda *_: pytest.fail("trained again"))
     assert demo.run(finished.parent, data=str(images)) == finished
     assert "open" in capsys.readouterr().out
 
