@@ -59,7 +59,7 @@ class Accuracy:
 
 def accuracies() -> dict[str, list[Accuracy]]:
     """What is known, by recipe."""
-    held = yaml.safe_load((resources.files("foldbit") / "recipes" / "published.yaml").read_text())
+    held = yaml.safe_load((resources.files("foldbit") / "recipes" / "published.yaml").read_text("utf-8"))
     sources = {name: Source(name, **fields) for name, fields in held["sources"].items()}
     return {
         recipe: [Accuracy(**{**row, "source": sources[row["source"]]}) for row in rows]
