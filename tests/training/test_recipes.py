@@ -320,8 +320,7 @@ class TestFitting:
 def parsed(*arguments):
     """The recipe that a command line comes to."""
     given = cli._parse(["train", "--run=x", *arguments])
-    del given["subcommand"], given["run"], given["threads"]
-    return Recipe(**given)
+    return Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
 
 
 class TestCommandLine:

@@ -144,7 +144,8 @@ def _read(path: Path) -> dict[str, Any]:
     from jsonargparse import get_loader
 
     try:
-        held = get_loader("yaml")(path.read_text("utf-8"))  # jsonargparse's, which knows that 2e-4 is a number
+        # By jsonargparse, which knows that 2e-4 is a number.
+        held = get_loader("yaml")(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
