@@ -17,7 +17,7 @@ ROOT = Path(foldbit.__file__).parent
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["demo", "benchmark", "analyze"],
+    ["demo", "benchmark", "analyze", "compare"],
     ["training", "analysis"],
     ["summary", "calibrate", "timing"],
     ["convert"],

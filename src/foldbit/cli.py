@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,21 +29,24 @@ def recipes(name: str | None = None, weight: str | None = None, activation: str 
         raise ValueError("--weight and --activation go with a recipe: foldbit recipes NAME --activation ls-1")
 
 
-def train(run: str, threads: int | None = None, **recipe: Any) -> None:
+def train(run: str, threads: int | None = None, **given: Any) -> None:
     """Train a network into a run folder; the same command goes on after an interruption, for Ctrl-C saves.
 
     The options below are the fields of a recipe. YAML files with the same fields go to --config or, when they
     come with foldbit, by name to --recipe; what comes later on the line changes what came earlier. --weight
-    and --activation choose the schemes in all those files, and the settings that they have for them.
+    and --activation choose the schemes in all those files, and the settings that they have for them. On
+    several processes: torchrun --nproc-per-node=2 -m -- foldbit train ... (docs/training.md).
     """
-    from foldbit.training import loop
+    from foldbit.training import loop, processes
     from foldbit.training.recipes import Recipe
 
-    outcome = loop.train(Recipe(**recipe), run, threads=threads)
+    habits = loop.Habits(**{f.name: given.pop(f.name) for f in dataclasses.fields(loop.Habits)})
+    outcome = loop.train(Recipe(**given), run, threads=threads, habits=habits)
     if not outcome.finished:
         sys.exit(130)
     how = "done" if outcome.steps else "already finished"
-    print(f"{how}: test accuracy {outcome.metrics[-1]['test_accuracy']:.2%}, in {run}")
+    if processes.is_first():
+        print(f"{how}: test accuracy {outcome.metrics[-1]['test_accuracy']:.2%}, in {run}")
 
 
 def evaluate(
@@ -168,6 +172,30 @@ def bench(
     print(benchmark.against_twins(model, size, threads=threads, seconds=seconds))
 
 
+def bench_train(threads: int | None = None, seconds: float = 20.0, **recipe: Any) -> None:
+    """Time the training steps of a recipe's network, quantized and in float: images per second, interleaved.
+
+    Also spelled bench train. The options below are those of train. Steps are taken on random images of the
+    data set's shape, on one device; no data is read.
+    """
+    from foldbit.training import throughput
+    from foldbit.training.recipes import Recipe
+
+    print(throughput.against_float(Recipe(**recipe), threads=threads, seconds=seconds))
+
+
+def compare(runs: list[str], out: str = "compare.html") -> None:
+    """Put trainings side by side: a table of run folders, and a page with their curves.
+
+    Args:
+        runs: run folders, or folders with run folders in them, such as runs/*.
+        out: the page to write, one file that works offline.
+    """
+    from foldbit import compare as comparison
+
+    print(comparison.run(runs, out))
+
+
 def demo(folder: str = "runs/demo", data: str | None = None, download: bool = True, seed: int = 0) -> None:
     """From a float network to bits on Fashion-MNIST, in minutes: train, pack, check, time, report.
 
@@ -196,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _COMMANDS[given.pop("subcommand")](**given)
     except ImportError as error:
         sys.exit(_missing(error))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"foldbit: {error}")
     except KeyboardInterrupt:
         print("foldbit: interrupted", file=sys.stderr)
@@ -229,26 +257,16 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         about = (command.__doc__ or "").partition("\n\n    Args:")[0]
         sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()), exit_on_error=False)
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with options of this command")
-        if name == "train":
-            from foldbit.training.recipes import Recipe
-
-            sub.add_argument(
-                "--recipe", help="a recipe that comes with foldbit; `foldbit recipes` lists them"
-            )
-            for what in ("weight", "activation"):
-                sub.add_argument(
-                    f"--{what}", help=f"scheme of the {what}s, such as ls-1 or ls-2; fp is float"
-                )
-            sub.add_argument("--run", required=True, help="the run folder")
-            threads = "torch's threads; all, or one where that is faster, unless given"
-            sub.add_argument("--threads", type=int | None, default=None, help=threads)
-            known[name] = options.fields_of(Recipe)
-            sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
+        if name in _WITH_RECIPE:
+            known[name] = _add_recipe(sub, name)
         else:
             listed: set[str | int] = set()
             if command is analyze:  # jsonargparse would take one value, a list in YAML
                 listed = {"what"}
                 sub.add_argument("what", nargs="+", help=_ABOUT_WHAT)
+            elif command is compare:
+                listed = {"runs"}
+                sub.add_argument("runs", nargs="+", help="run folders, or folders with run folders in them")
             elif command is recipes:
                 listed = {"name"}
                 sub.add_argument("name", nargs="?", help="the recipe to show; all are listed unless given")
@@ -257,7 +275,9 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         known[name] = [*known.get(name, []), *written]
         commands.add_subcommand(name, sub, help=about.partition("\n")[0])
     try:
-        if arguments[:1] == ["train"]:
+        if arguments[:2] == ["bench", "train"]:
+            arguments = ["bench-train", *arguments[2:]]
+        if arguments and arguments[0] in _WITH_RECIPE:
             arguments = _spell_out(arguments)
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -266,9 +286,30 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         raise ValueError(f"{options.explain(str(error), known.get(name, []))} (see {help_})") from error
     name = parsed.subcommand
     given = {key: value for key, value in vars(parsed[name]).items() if key not in ("config", "recipe")}
-    if name == "train":  # spelled out before
+    if name in _WITH_RECIPE:  # spelled out before
         del given["weight"], given["activation"]
     return {"subcommand": name, **given}
+
+
+def _add_recipe(sub: Any, name: str) -> list[str]:
+    """Options of a command that takes a recipe's fields; and these fields' names."""
+    from foldbit import options
+    from foldbit.training.loop import Habits
+    from foldbit.training.recipes import Recipe
+
+    sub.add_argument("--recipe", help="a recipe that comes with foldbit; `foldbit recipes` lists them")
+    for what in ("weight", "activation"):
+        sub.add_argument(f"--{what}", help=f"scheme of the {what}s, such as ls-1 or ls-2; fp is float")
+    if name == "train":
+        sub.add_argument("--run", required=True, help="the run folder")
+        sub.add_class_arguments(Habits, as_group=False, instantiate=False)
+        threads = "torch's threads; all, or one where that is faster, unless given"
+    else:
+        sub.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
+        threads = "torch's threads, on the CPU; unless given, as many as there are"
+    sub.add_argument("--threads", type=int | None, default=None, help=threads)
+    sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
+    return options.fields_of(Recipe)
 
 
 def _spell_out(arguments: list[str]) -> list[str]:
@@ -322,8 +363,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "pack": pack,
     "analyze": analyze,
     "bench": bench,
+    "bench-train": bench_train,
+    "compare": compare,
     "demo": demo,
 }
+
+_WITH_RECIPE = ("train", "bench-train")  # whose options are a recipe's fields
 
 
 def _input_size(model: Any, given: list[int] | str | None) -> tuple[int, ...]:

@@ -15,7 +15,13 @@ def made(run, **changes):
 
 
 def record(epoch, accuracy=0.5, seconds=4.0):
-    return {"epoch": epoch, "train_loss": 1.25, "test_accuracy": accuracy, "seconds": seconds}
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "train_loss": 1.25,
+        "test_accuracy": accuracy,
+        "seconds": seconds,
+    }
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path):
@@ -34,7 +40,7 @@ def test_others_change_no_files(tmp_path):
     silent.begin(10)
     silent.step(1)
     silent.loss(11, 1.0, 1.0, 0.5)
-    silent.epoch(record(2), 20)
+    silent.epoch(record(2))
     silent.layers({"a": {"weight error": 1.0}}, {("a", "b"): "c"}, 20)
     silent.say("nothing")
     silent.to_disk()
@@ -62,10 +68,10 @@ def test_a_line_that_a_kill_cut_is_dropped_and_another_is_refused(tmp_path):
 def test_an_epoch_in_a_line(tmp_path, capsys):
     kept = made(tmp_path)
     kept.begin(0)
-    kept.epoch(record(1), 10)
-    kept.epoch(record(2, seconds=396.0), 20)
-    kept.epoch(record(3, seconds=2.0), 30)
-    kept.epoch(record(4, accuracy=0.98765), 40)
+    kept.epoch(record(1))
+    kept.epoch(record(2, seconds=396.0))
+    kept.epoch(record(3, seconds=2.0))
+    kept.epoch(record(4, accuracy=0.98765))
     kept.close()
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first == "  epoch 1/4: loss 1.250, test accuracy 50.00%, 4 s, 20 images/s, 12 s left"

@@ -95,11 +95,11 @@ class Journal:
         self._append("losses.jsonl", record)
         self._scalars({"loss": loss, "images per second": rate}, step)
 
-    def epoch(self, record: Record, step: int) -> None:
+    def epoch(self, record: Record) -> None:
         """Record a finished epoch, and say it."""
         self.metrics.append(record)
         self._append("metrics.jsonl", record)
-        self._scalars(record, step)
+        self._scalars({name: value for name, value in record.items() if name != "step"}, record["step"])
         left = sum(r["seconds"] for r in self.metrics) / len(self.metrics) * (self.epochs - record["epoch"])
         images = self.steps_an_epoch * self.images_a_step
         self.say(
@@ -107,7 +107,7 @@ class Journal:
             f"test accuracy {record['test_accuracy']:.2%}, {record['seconds']:.0f} s, "
             f"{images / record['seconds']:,.0f} images/s" + (f", {_duration(left)} left" if left else "")
         )
-        self._since = (time.monotonic(), step)  # evaluation is no training
+        self._since = (time.monotonic(), record["step"])  # evaluation is no training
 
     def layers(self, measured: Measured, complaints: Mapping[tuple[str, str], str], step: int) -> None:
         """Record what was measured of the quantized layers, and say each complaint once."""

@@ -291,6 +291,7 @@ class _Training:
         right = evaluate.accuracy(self.state.network, self.evaluation, self.accelerator)
         record: Record = {
             "epoch": progress.epoch + 1,
+            "step": self._steps_done(),
             "train_loss": progress.loss / progress.images,
             "train_accuracy": progress.correct / progress.images,
             "test_accuracy": right,
@@ -300,7 +301,7 @@ class _Training:
         }
         best = all(right > earlier["test_accuracy"] for earlier in self.journal.metrics)
         self.state.progress = Progress(epoch=progress.epoch + 1)
-        self.journal.epoch(record, self._steps_done())
+        self.journal.epoch(record)
         if best and self.habits.keep_best and self.accelerator.is_main_process:
             runs.keep_best(self.run, self.state.network.state_dict())
         self._save()

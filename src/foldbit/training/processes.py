@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -33,6 +33,11 @@ def accelerator() -> Accelerator:
         mixed_precision="no",  # the loop casts by itself: accelerate knows one precision a Python process
         dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True),
     )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return bool(PartialState().is_main_process)
 
 
 def check_shares(batch_size: int, accelerator: Accelerator) -> None:
