@@ -11,7 +11,8 @@ import torch
 
 import foldbit as fb
 from foldbit import demo
-from foldbit.training import data, loop, mnist
+from foldbit.training import data, evaluate, loop, mnist
+from foldbit.training.runs import RunError
 
 
 def write_idx(path, array):
@@ -74,7 +75,7 @@ def test_the_accuracy_is_that_of_the_file(finished, images):
     results = json.loads((finished.parent / "results.json").read_text())
     found = data.fashion_mnist(images)
     packed = fb.load_packed(finished.parent / "W1A1.safetensors")
-    right = loop.predictions(packed, found.test, (found.mean, found.std)) == found.test.labels
+    right = evaluate.predictions(packed, found.test, (found.mean, found.std)) == found.test.labels
     assert right.double().mean().item() == pytest.approx(results["W1A1"]["accuracy"])
 
 
@@ -89,7 +90,7 @@ def test_it_deletes_nothing_of_others(tmp_path, images):
     (tmp_path / "results.json").write_text("mine")
     (tmp_path / "float").mkdir()
     (tmp_path / "float" / "thesis.tex").write_text("mine, too")
-    with pytest.raises(loop.RunError, match="holds no run"):
+    with pytest.raises(RunError, match="holds no run"):
         demo.run(tmp_path, data=str(images))
     assert (tmp_path / "float" / "thesis.tex").read_text() == "mine, too"
 

@@ -168,11 +168,11 @@ def _activations(source: Source, names: Sequence[str]) -> tuple[list[Layer], str
 
 
 def _run_folder(path: Path, count: int, data: str | None) -> Source:
-    from foldbit.training import loop
+    from foldbit.training import evaluate, runs
     from foldbit.training.images import batches
 
-    model, recipe = loop.load_run(path)
-    images = loop.load_data(recipe, data)
+    model, recipe = runs.load_run(path)
+    images = evaluate.load_data(recipe, data)
     chosen = images.test[:count]
 
     def inputs() -> Iterator[Tensor]:

@@ -65,11 +65,11 @@ def evaluate(
         split: which images of the data set.
         threads: torch's threads; all, or one where that is faster, unless given.
     """
-    from foldbit.training import loop
+    from foldbit.training import evaluate as evaluation
 
     model, recipe = _load(what, trained=True)
-    images = loop.images_for(what, recipe, dataset, data)
-    right = loop.accuracy_on(model, images, split, threads)
+    images = evaluation.images_for(what, recipe, dataset, data)
+    right = evaluation.accuracy_on(model, images, split, threads)
     print(f"{right:.2%} of {len(images[split]):,} {split} images right: {images.name} ({images.source})")
 
 
@@ -107,9 +107,10 @@ def pack(
     from foldbit import convert
     from foldbit.calibrate import has_dynamic_scales
     from foldbit.tables import nbytes
-    from foldbit.training import loop
+    from foldbit.training import evaluate as evaluation
+    from foldbit.training import runs
 
-    model, recipe = loop.load_run(run)
+    model, recipe = runs.load_run(run)
     if recipe.quant is None:
         raise ValueError(
             f"nothing to pack: {run} was trained in float. Train a quantized network from it, and pack that: "
@@ -120,7 +121,8 @@ def pack(
         raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     if has_dynamic_scales(model) if calibrate is None else calibrate:
         print("calibrating static activation scales on training images (--calibrate false does not)")
-        print(loop.calibrate(model, recipe, calibration_images, images=loop.load_data(recipe, data)))
+        images = evaluation.load_data(recipe, data)
+        print(evaluation.calibrate(model, recipe, calibration_images, images=images))
     size = convert.packed_size(model)
     convert.save_packed(convert.pack_(model), path)
     print(f"packed {run} into {path}: {nbytes(size)}")
@@ -384,9 +386,9 @@ def _load(what: str, trained: bool = False) -> tuple[Any, Any]:
 
     path = Path(what)
     if path.is_dir():
-        from foldbit.training import loop
+        from foldbit.training import runs
 
-        return loop.load_run(path)
+        return runs.load_run(path)
     if path.is_file():
         return convert.load_packed(path), None
     if what in models.names():

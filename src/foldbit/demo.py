@@ -23,7 +23,7 @@ from foldbit.packed.layers import PackedLayer
 from foldbit.summary import summary
 from foldbit.tables import nbytes, table
 from foldbit.training import data as datasets
-from foldbit.training import loop
+from foldbit.training import evaluate, loop
 from foldbit.training.images import ImageData, batches
 from foldbit.training.recipes import DataConfig, Recipe
 
@@ -130,7 +130,7 @@ def _measure(
     name: str, network: nn.Module, float_network: nn.Module, images: ImageData, folder: Path
 ) -> tuple[Result, Tensor]:
     normalize = (images.mean, images.std)
-    guesses = loop.predictions(network, images.test, normalize)
+    guesses = evaluate.predictions(network, images.test, normalize)
     correct = (guesses == images.test.labels).double().mean().item()
     if name == "float":
         size = convert.packed_size(network)
@@ -139,7 +139,7 @@ def _measure(
     path = folder / f"{name}.safetensors"
     convert.save_packed(packed, path)
     packed = convert.load_packed(path)  # what is measured from here on is what the file holds
-    packed_guesses = loop.predictions(packed, images.test, normalize)
+    packed_guesses = evaluate.predictions(packed, images.test, normalize)
     x, _ = next(iter(batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
     against_float, against_unpacked, not_bitwise, steady = {}, {}, {}, True
     threads = torch.get_num_threads()
