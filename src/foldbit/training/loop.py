@@ -170,7 +170,8 @@ class _Training:
         if recipe.distill is not None:
             self.teacher = distill.load_teacher(recipe, self.trial[0], len(images.classes))
             self.teacher.to(accelerator.device)
-        network = _in_order(model, torch.channels_last)  # in which convolutions are faster
+        self.order = _fastest_order(model)
+        network = _in_order(model, self.order)
         optimizer = schedules.optimizer(recipe, network)
         schedule = schedules.schedule(recipe, optimizer, len(loader))
         # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
@@ -223,7 +224,7 @@ class _Training:
         for x, labels in remaining:
             progress.step += 1
             looks = progress.step % self.habits.look_every == 0 or progress.step == len(self.loader)
-            self._step(x.contiguous(memory_format=torch.channels_last), labels, looks)
+            self._step(x.contiguous(memory_format=self.order), labels, looks)
             self.journal.step(progress.epoch)
             progress.seconds = time.monotonic() - began
             stop = bool(self.interrupted) and self.accelerator.num_processes == 1
@@ -349,6 +350,17 @@ class _Training:
 
         with timing.threads(asked, step, self.accelerator.print) as taken:
             yield taken
+
+
+def _fastest_order(model: nn.Module) -> torch.memory_format:
+    """Channels-last, in which convolutions are faster, unless torch would crash.
+
+    On the CPU with AVX2, the backward pass of a strided 1x1 convolution of fewer than 8 channels in that order
+    writes past its memory (torch 2.13 and its oneDNN: ``brgconv_strided:avx2``).
+    """
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    crash = (max(c.kernel_size) == 1 and max(c.stride) > 1 and c.in_channels < 8 for c in convolutions)
+    return torch.contiguous_format if any(crash) else torch.channels_last
 
 
 def _in_order(model: nn.Module, order: torch.memory_format) -> nn.Module:
