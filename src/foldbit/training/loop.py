@@ -195,9 +195,9 @@ class _Training:
             speaks=self.accelerator.is_main_process,
         )
         if self.state.progress.epoch < epochs:
-            self.journal.begin(begun_at)
             try:
                 with self._threads(threads) as self.threads, processes.interruptions() as self.interrupted:
+                    self.journal.begin(begun_at)
                     self.saved_at = time.monotonic()
                     while self.state.progress.epoch < epochs and self._epoch():
                         self._finish_epoch()
