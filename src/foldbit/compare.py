@@ -144,8 +144,8 @@ _SEEDS_NOTE = (
 )
 _CAPTION = (
     "Test accuracy after each epoch, and the mean training loss between looks at it, of trainings with a "
-    "finished epoch. Those that differ in their seed alone have one colour. With a teacher the loss is another "
-    "one, and does not compare."
+    "finished epoch. Those that differ in their seed alone have one colour. With a teacher the loss is "
+    "another one, and does not compare."
 )
 
 

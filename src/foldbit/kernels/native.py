@@ -176,8 +176,8 @@ def prepare_conv(
 
     The arrays are used as they lie, dense, and kept. The result's ``run_at(x, shape, strides, scales,
     scales_by_image, residual, out, out_size, threads)`` takes addresses of float32 memory, for which the
-    caller vouches: x ``[N, C, H, W]`` with strides in floats; scales ``[planes]``, or ``[N, planes]`` by image;
-    residual (or 0) and out dense ``[N, OH, OW, out]``.
+    caller vouches: x ``[N, C, H, W]`` with strides in floats; scales ``[planes]``, or ``[N, planes]`` by
+    image; residual (or 0) and out dense ``[N, OH, OW, out]``.
     """
     if _native is None:
         raise KernelUnavailable(_why_missing())

@@ -18,7 +18,7 @@ from foldbit.calibrate import calibrate as calibrate_
 from foldbit.training import data as datasets
 from foldbit.training.images import ImageData, Images, batches
 from foldbit.training.recipes import Recipe
-from foldbit.training.runs import RunError, recipe_of
+from foldbit.training.runs import RunError, check_classes, recipe_of
 
 _MOST_VALUES = 20_000_000  # of a batch's images; what a network makes of them takes many times as much
 
@@ -51,12 +51,17 @@ def images_for(
         folder: where its files are.
 
     Raises:
-        RunError: where no data set is named, and the packed file lies in no run folder.
+        RunError: where no data set is named, and the packed file lies in no run folder; and where the images
+            have other classes than those that the run was trained on.
     """
-    if recipe is None and (Path(what).parent / "config.yaml").is_file():
-        recipe = recipe_of(Path(what).parent)
+    run = Path(what)
+    if recipe is None and (run.parent / "config.yaml").is_file():
+        run = run.parent
+        recipe = recipe_of(run)
     if recipe is not None and name in (None, recipe.data.name):
-        return load_data(recipe, folder)
+        images = load_data(recipe, folder)
+        check_classes(run, images.classes)
+        return images
     if name is None:
         raise RunError(
             f"{what} does not say what it was trained on, and lies in no run folder; name the data set: "

@@ -28,7 +28,7 @@ from foldbit.training import distill, evaluate, finite, processes, recipes, runs
 
 # Names that callers still look for here.
 from foldbit.training.evaluate import accuracy_on, calibrate, images_for, load_data, predictions  # noqa: F401
-from foldbit.training.images import ImageData, batches
+from foldbit.training.images import ImageData, Images, batches
 from foldbit.training.journal import Journal, Record
 from foldbit.training.monitor import Monitor, complaints
 from foldbit.training.recipes import Recipe
@@ -116,19 +116,24 @@ def train(
     """
     run = Path(run)
     accelerator = processes.accelerator()
-    images = images or evaluate.load_data(recipe)
-    recipe = recipes.fit(recipe, len(images.classes), images.train.shape[0])
-    resuming = runs.may_use(run, recipe)
-    model = recipes.build(recipe)
-    if recipe.init is not None and not resuming:
-        kept = runs.start_from(model, recipe.init)
-        if kept:
-            accelerator.print(f"  not in {recipe.init}, and random as before: {', '.join(kept)}")
+    with accelerator.local_main_process_first():  # which downloads what the others find then
+        images = images or evaluate.load_data(recipe)
+        recipe = recipes.fit(recipe, len(images.classes), images.train.shape[0])
+        resuming = runs.may_use(run, recipe)
+        if resuming:
+            runs.check_classes(run, images.classes)
+        model = recipes.build(recipe)
+        if recipe.init is not None and not resuming:
+            kept = runs.start_from(model, recipe.init)
+            if kept:
+                accelerator.print(f"  not in {recipe.init}, and random as before: {', '.join(kept)}")
+        some = _first_batch(recipe, images)
+        teacher = distill.load_teacher(recipe, some[0], len(images.classes)) if recipe.distill else None
     set_seed(recipe.seed, device_specific=True)  # processes draw what they draw apart from each other
-    training = _Training(accelerator, recipe, run, model, images, habits)
+    training = _Training(accelerator, recipe, run, model, teacher, images, some, habits)
     accelerator.wait_for_everyone()  # all have looked at the folder before it is changed
     if accelerator.is_main_process:
-        runs.claim(run, recipe)
+        runs.claim(run, recipe, images.classes)
     accelerator.wait_for_everyone()
     if resuming:
         training.state.restore(run)
@@ -144,14 +149,16 @@ class _Training:
         recipe: Recipe,
         run: Path,
         model: nn.Module,
+        teacher: nn.Module | None,
         images: ImageData,
+        some: tuple[Tensor, Tensor],
         habits: Habits,
     ) -> None:
         self.accelerator, self.recipe, self.run, self.habits = accelerator, recipe, run, habits
+        self.some = some
+        self.teacher = None if teacher is None else teacher.to(accelerator.device)
         processes.check_shares(recipe.batch_size, accelerator)
-        train_set = images.train
-        if recipe.data.train_images is not None:
-            train_set = train_set[: recipe.data.train_images]
+        train_set = _train_set(recipe, images)
         normalize, workers = (images.mean, images.std), recipe.data.workers
         loader = batches(
             train_set,
@@ -165,11 +172,6 @@ class _Training:
         )
         evaluated = evaluate.batch_size(train_set.shape, accelerator.num_processes)
         evaluation = batches(images.test, evaluated, shuffle=False, normalize=normalize, workers=workers)
-        self.trial = next(iter(batches(train_set, recipe.batch_size, shuffle=False, normalize=normalize)))
-        self.teacher: nn.Module | None = None
-        if recipe.distill is not None:
-            self.teacher = distill.load_teacher(recipe, self.trial[0], len(images.classes))
-            self.teacher.to(accelerator.device)
         self.order = _fastest_order(model)
         network = _in_order(model, self.order)
         optimizer = schedules.optimizer(recipe, network)
@@ -342,7 +344,7 @@ class _Training:
         if self.accelerator.device.type != "cpu":
             yield torch.get_num_threads()
             return
-        network, (x, labels) = copy.deepcopy(self.state.network).train(), self.trial
+        network, (x, labels) = copy.deepcopy(self.state.network).train(), self.some
 
         def step() -> None:
             with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
@@ -355,12 +357,25 @@ class _Training:
 def _fastest_order(model: nn.Module) -> torch.memory_format:
     """Channels-last, in which convolutions are faster, unless torch would crash.
 
-    On the CPU with AVX2, the backward pass of a strided 1x1 convolution of fewer than 8 channels in that order
-    writes past its memory (torch 2.13 and its oneDNN: ``brgconv_strided:avx2``).
+    On the CPU with AVX2, the backward pass of a strided 1x1 convolution of fewer than 8 channels in that
+    order writes past its memory (torch 2.13 and its oneDNN: ``brgconv_strided:avx2``).
     """
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     crash = (max(c.kernel_size) == 1 and max(c.stride) > 1 and c.in_channels < 8 for c in convolutions)
     return torch.contiguous_format if any(crash) else torch.channels_last
+
+
+def _train_set(recipe: Recipe, images: ImageData) -> Images:
+    count = recipe.data.train_images
+    return images.train if count is None else images.train[:count]
+
+
+def _first_batch(recipe: Recipe, images: ImageData) -> tuple[Tensor, Tensor]:
+    """Some training images, as they are, and their labels."""
+    normalize = (images.mean, images.std)
+    some = batches(_train_set(recipe, images), recipe.batch_size, shuffle=False, normalize=normalize)
+    batch: tuple[Tensor, Tensor] = next(iter(some))
+    return batch
 
 
 def _in_order(model: nn.Module, order: torch.memory_format) -> nn.Module:

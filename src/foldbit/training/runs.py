@@ -3,6 +3,7 @@
 A run folder holds
 
     config.yaml       the recipe
+    classes.json      the names of the classes, in the order of the network's outputs
     metrics.jsonl     a line an epoch
     losses.jsonl      a line every so many steps, and at an epoch's end: the mean training loss since the last
     warnings.jsonl    a line a warning, where there were any
@@ -14,8 +15,9 @@ A run folder holds
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from foldbit.models import pretrained
 from foldbit.packed import files
 from foldbit.training import checkpoints, recipes
 from foldbit.training.recipes import Recipe
+
+CLASSES = "classes.json"
 
 
 class RunError(ValueError):
@@ -122,20 +126,46 @@ def may_use(run: Path, recipe: Recipe) -> bool:
     return True
 
 
-def claim(run: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's."""
+def claim(run: Path, recipe: Recipe, classes: Sequence[str]) -> None:
+    """Make the folder this recipe's, trained on images of these classes."""
     run.mkdir(parents=True, exist_ok=True)
     checkpoints.settle(run)
     unfinished = run / "config.yaml.new"
     recipes.save(recipe, unfinished)
     unfinished.replace(run / "config.yaml")
+    files.write(run / CLASSES, json.dumps(list(classes), ensure_ascii=False).encode())
+
+
+def check_classes(run: Path, classes: Sequence[str]) -> None:
+    """Refuse images whose classes are not those that a run was trained on, in the same order.
+
+    Raises:
+        RunError: for them. A folder that does not say its classes accepts all.
+    """
+    path = run / CLASSES
+    if not path.is_file():
+        return
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error})") from error
+    if known != list(classes):
+        raise RunError(
+            f"{run} was trained on the {len(known)} classes {_list(known)}; these images have "
+            f"{len(classes)}: {_list(classes)}. Its outputs would be counted as other classes"
+        )
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
 
 
 def keep_best(run: Path, weights: Mapping[str, Tensor]) -> None:
     """Keep weights as RUN/best, a run folder of its own, which evaluates, packs and starts others."""
     place = run / "best" / "checkpoint"
     place.mkdir(parents=True, exist_ok=True)
-    files.write(run / "best" / "config.yaml", (run / "config.yaml").read_bytes())
+    for name in ("config.yaml", CLASSES):
+        files.write(run / "best" / name, (run / name).read_bytes())
     checkpoints.write_weights(place / checkpoints.WEIGHTS, weights)
 
 

@@ -99,8 +99,11 @@ class State:
             self.optimizer.load_state_dict(training["optimizer"])
             self.schedule.load_state_dict(training["schedule"])
             self.progress = Progress(**training["progress"])
-            self.sums.copy_(torch.tensor(self.progress.unseen, dtype=torch.float64))
             numbers, rank = training["random"], self.accelerator.process_index
+            if rank == 0:
+                self.sums.copy_(torch.tensor(self.progress.unseen, dtype=torch.float64))
+            else:
+                self.progress.unseen_images = 0  # those that one process saw count once
             if rank < len(numbers):  # on more processes than before, the added ones draw afresh
                 checkpoints.restore_random_numbers(numbers[rank], self.accelerator.device)
         except (checkpoints.Damaged, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
