@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foldbit import timing
-from foldbit.training import distill, evaluate, finite, processes, recipes, runs, schedules
+from foldbit.training import distill, evaluate, finite, memory_order, processes, recipes, runs, schedules
 
 # Names that callers still look for here.
 from foldbit.training.evaluate import accuracy_on, calibrate, images_for, load_data, predictions  # noqa: F401
@@ -156,7 +156,9 @@ class _Training:
     ) -> None:
         self.accelerator, self.recipe, self.run, self.habits = accelerator, recipe, run, habits
         self.some = some
-        self.teacher = None if teacher is None else teacher.to(accelerator.device)
+        self.teacher = teacher
+        if teacher is not None:  # which has no backward pass
+            memory_order.arrange(teacher.to(accelerator.device), torch.channels_last)
         processes.check_shares(recipe.batch_size, accelerator)
         train_set = _train_set(recipe, images)
         normalize, workers = (images.mean, images.std), recipe.data.workers
@@ -172,8 +174,8 @@ class _Training:
         )
         evaluated = evaluate.batch_size(train_set.shape, accelerator.num_processes)
         evaluation = batches(images.test, evaluated, shuffle=False, normalize=normalize, workers=workers)
-        self.order = _fastest_order(model)
-        network = _in_order(model, self.order)
+        self.order = memory_order.fastest(model, accelerator.device)
+        network = memory_order.arrange(model, self.order)
         optimizer = schedules.optimizer(recipe, network)
         schedule = schedules.schedule(recipe, optimizer, len(loader))
         # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
@@ -210,7 +212,7 @@ class _Training:
             at = self.state.progress.epoch + 1
             self.journal.say(f"interrupted in epoch {at}; the same command goes on from {self.run}")
         steps, kept = self._steps_done() - begun_at, self.journal
-        model = _in_order(self.state.network.cpu(), torch.contiguous_format).eval()
+        model = memory_order.arrange(self.state.network.cpu(), torch.contiguous_format).eval()
         return Outcome(model, kept.metrics, kept.losses, finished, steps, kept.warnings)
 
     def _epoch(self) -> bool:
@@ -354,17 +356,6 @@ class _Training:
             yield taken
 
 
-def _fastest_order(model: nn.Module) -> torch.memory_format:
-    """Channels-last, in which convolutions are faster, unless torch would crash.
-
-    On the CPU with AVX2, the backward pass of a strided 1x1 convolution of fewer than 8 channels in that
-    order writes past its memory (torch 2.13 and its oneDNN: ``brgconv_strided:avx2``).
-    """
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    crash = (max(c.kernel_size) == 1 and max(c.stride) > 1 and c.in_channels < 8 for c in convolutions)
-    return torch.contiguous_format if any(crash) else torch.channels_last
-
-
 def _train_set(recipe: Recipe, images: ImageData) -> Images:
     count = recipe.data.train_images
     return images.train if count is None else images.train[:count]
@@ -376,8 +367,3 @@ def _first_batch(recipe: Recipe, images: ImageData) -> tuple[Tensor, Tensor]:
     some = batches(_train_set(recipe, images), recipe.batch_size, shuffle=False, normalize=normalize)
     batch: tuple[Tensor, Tensor] = next(iter(some))
     return batch
-
-
-def _in_order(model: nn.Module, order: torch.memory_format) -> nn.Module:
-    """The model, its convolutions' weights in that memory order."""
-    return model.to(memory_format=order)  # type: ignore[call-overload]

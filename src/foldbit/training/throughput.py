@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from foldbit import timing
 from foldbit.tables import table
-from foldbit.training import processes, recipes, schedules
+from foldbit.training import memory_order, processes, recipes, schedules
 from foldbit.training.recipes import Recipe
 
 #: Images of the data sets, ``(channels, height, width)``, and how many classes they have.
@@ -105,12 +105,14 @@ def _training(
     recipe: Recipe, shape: tuple[int, int, int], device: torch.device, steps: int
 ) -> Callable[[], None]:
     """So many steps of training on random images, and waiting for the device."""
-    network = recipes.build(recipe).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = recipes.build(recipe)
+    order = memory_order.fastest(network, device)
+    network = memory_order.arrange(network.to(device), order).train()
     optimizer = schedules.optimizer(recipe, network)
     classes = recipe.model_args.get("num_classes", 10)
     generator = torch.Generator().manual_seed(recipe.seed)
     x = torch.randn(recipe.batch_size, *shape, generator=generator).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=order)
     labels = torch.randint(classes, (recipe.batch_size,), generator=generator).to(device)
     half = recipe.precision == "bf16"
 
