@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from foldbit import timing
 from foldbit.tables import table
-from foldbit.training import loop, recipes
+from foldbit.training import evaluate, loop, recipes
 from foldbit.training.images import ImageData
 
 SEEDS = (0, 1, 2)
@@ -118,6 +118,8 @@ SETTINGS = (
     *SOURCES,
     *_schemes("resnet8", "fashion-mnist/resnet8", FROM_FLOAT),
     *_schemes("resnet8", "fashion-mnist/resnet8", (*FROM_FLOAT, *_taught("resnet8/float")), "-taught"),
+    *_schemes("lenet5", "fashion-mnist/lenet5", LENET),
+    *_schemes("lenet5", "fashion-mnist/lenet5", (*LENET, *_taught("lenet5/float")), "-taught"),
     _variant("from scratch, 3 epochs", "--epochs=3", "--lr=3e-3", start=(SMALL,)),
     _variant("from scratch, 3 epochs, as in the paper", start=PAPER),
     _variant("estimator clipped", "--quant.activation_estimator=clipped"),
@@ -127,8 +129,6 @@ SETTINGS = (
     _variant("schedule linear", "--schedule=linear"),
     _variant("taught, T 1, weight 1", *_taught("resnet8/float", 1, 1)),
     _variant("taught, T 1, weight 1, corrected", *_taught("resnet8/float", 1, 1, True)),
-    *_schemes("lenet5", "fashion-mnist/lenet5", LENET),
-    *_schemes("lenet5", "fashion-mnist/lenet5", (*LENET, *_taught("lenet5/float")), "-taught"),
 )
 
 
@@ -140,7 +140,7 @@ def train(setting: Setting, root: Path, seed: int) -> None:
     options = setting.arguments(root, seed)
     recipe = recipes.load(path, overrides=options, weight=weight, activation=activation)
     if _images is None:
-        _images = loop.load_data(recipe)
+        _images = evaluate.load_data(recipe)
     with contextlib.redirect_stdout(io.StringIO()):
         loop.train(recipe, setting.folder(root, seed), images=_images, threads=1)
 

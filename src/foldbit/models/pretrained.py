@@ -33,7 +33,7 @@ class PretrainedError(ValueError):
 def is_source(text: str | os.PathLike[str]) -> bool:
     """Whether a text names what :func:`weights_of` takes: ``torchvision/NAME``, ``timm/NAME`` or a file.
 
-    A file is known by its ending alone. Anything else may be a run folder (:mod:`foldbit.training.loop`).
+    A file is known by its ending alone. Anything else may be a run folder (:mod:`foldbit.training.runs`).
     """
     library, slash, name = os.fspath(text).partition("/")
     return bool(slash and name and library in LIBRARIES) or Path(text).suffix.lower() in ENDINGS

@@ -25,14 +25,10 @@ from torch.nn import functional as F
 
 from foldbit import timing
 from foldbit.training import distill, evaluate, finite, memory_order, processes, recipes, runs, schedules
-
-# Names that callers still look for here.
-from foldbit.training.evaluate import accuracy_on, calibrate, images_for, load_data, predictions  # noqa: F401
 from foldbit.training.images import ImageData, Images, batches
 from foldbit.training.journal import Journal, Record
 from foldbit.training.monitor import Monitor, complaints
 from foldbit.training.recipes import Recipe
-from foldbit.training.runs import RunError, load_run, recipe_of  # noqa: F401
 from foldbit.training.state import Progress, State
 
 
