@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from foldbit import QuantConfig, models
+from foldbit import QuantConfig, cli, models
 from foldbit.training import data, loop, processes
 from foldbit.training.loop import Habits
 from foldbit.training.recipes import DataConfig, Distillation, Recipe
@@ -104,6 +104,13 @@ def main(folder):
         found["odd"] = str(error)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
+    os.chdir(folder)  # and now a training by the command line, until somebody stops it
+    cli.main(
+        [
+            *["train", "--run=endless", "--data.name=digits", "--data.train_images=400", "--threads=1"],
+            *["--model_args.widths=[8,8,16]", "--batch_size=64", "--epochs=500"],
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ class _Training:
         network = memory_order.arrange(model, self.order)
         optimizer = schedules.optimizer(recipe, network)
         schedule = schedules.schedule(recipe, optimizer, len(loader))
+        loader.pin_memory = evaluation.pin_memory = accelerator.device.type == "cuda"
         # The schedule stays out of prepare(), which would advance it once a process; it advances once a step.
         self.model, optimizer, self.loader, self.evaluation = accelerator.prepare(
             network, optimizer, loader, evaluation
