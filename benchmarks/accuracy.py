@@ -119,16 +119,13 @@ SETTINGS = (
     *_schemes("resnet8", "fashion-mnist/resnet8", FROM_FLOAT),
     *_schemes("resnet8", "fashion-mnist/resnet8", (*FROM_FLOAT, *_taught("resnet8/float")), "-taught"),
     *_schemes("lenet5", "fashion-mnist/lenet5", LENET),
-    *_schemes("lenet5", "fashion-mnist/lenet5", (*LENET, *_taught("lenet5/float")), "-taught"),
     _variant("from scratch, 3 epochs", "--epochs=3", "--lr=3e-3", start=(SMALL,)),
     _variant("from scratch, 3 epochs, as in the paper", start=PAPER),
-    _variant("estimator clipped", "--quant.activation_estimator=clipped"),
-    _variant("estimator scaled", "--quant.activation_estimator=scaled"),
-    _variant("estimator identity", "--quant.activation_estimator=identity"),
     _variant("dynamic scales", "--quant.activation_scales=dynamic"),
     _variant("schedule linear", "--schedule=linear"),
     _variant("taught, T 1, weight 1", *_taught("resnet8/float", 1, 1)),
     _variant("taught, T 1, weight 1, corrected", *_taught("resnet8/float", 1, 1, True)),
+    *_schemes("lenet5", "fashion-mnist/lenet5", (*LENET, *_taught("lenet5/float")), "-taught"),
 )
 
 
@@ -223,8 +220,10 @@ def tables(found: dict[str, Result]) -> str:
             alone, taught = found.get(f"{group}/{name}"), found.get(f"{group}/{name}-taught")
             gain = paired(alone, taught)
             if alone is not None:
-                rows.append([name, str(alone), "" if taught is None else str(taught), gain])
-        parts.append(f"{title}\n{table(['weight/activation', 'labels alone', 'taught', 'difference'], rows)}")
+                below = paired(found.get(f"{group}/float"), alone) if name != "float" else ""
+                rows.append([name, str(alone), below, "" if taught is None else str(taught), gain])
+        header = ["weight, activation", "labels alone", "over float", "taught", "over labels alone"]
+        parts.append(f"{title}\n{table(header, rows)}")
     base = found.get("resnet8/" + scheme_name(("ls-1", "ls-2")))
     rows = [
         [result.setting.name, str(result), paired(base, result)]
