@@ -161,3 +161,28 @@ def test_models_without_shortcuts_or_wishes_have_no_exceptions():
     assert models.float_layers(models.create("lenet5")) == {}
     flat = models.resnet.ResNet((1,), (4,))  # its only shortcut is an identity
     fb.quantize_(flat, overrides=models.float_layers(flat))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, shape",
+    [
+        ("lenet5", {}, (8, 1, 28, 28)),
+        ("resnet8-xnor", {"widths": [8, 8, 8]}, (8, 1, 28, 28)),
+        ("resnet8-xnor", {"widths": [8, 8, 8], "nonlinearity": "prelu"}, (8, 1, 28, 28)),
+    ],
+)
+def test_what_is_quantized_has_both_signs(name, arguments, shape):
+    """Behind a ReLU, with nothing that normalises, 1-bit activations would say nothing."""
+    torch.manual_seed(0)
+    model = models.create(name, **arguments)
+    fb.quantize_(model, fb.QuantConfig("ls-1", "ls-1"), overrides=models.float_layers(model))
+    seen = {}
+
+    def look(layer, inputs):
+        seen[layer] = (inputs[0] < 0).float().mean().item()
+
+    layers = [m for m in model.modules() if isinstance(m, fb.QuantConv2d | fb.QuantLinear)]
+    for layer in layers:
+        layer.register_forward_pre_hook(look)
+    model.train()(torch.rand(shape))
+    assert layers and all(0.2 < seen[layer] < 0.8 for layer in layers)

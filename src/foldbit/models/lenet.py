@@ -29,9 +29,10 @@ class LeNet5(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images."""
-        x = self.pool(self.relu(self.bn1(self.conv1(x))))  # [N, 20, 12, 12]
-        x = self.fit(self.pool(self.relu(self.conv2(x))))  # [N, 50, 4, 4]
-        return self.linear2(self.relu(self.linear1(self.bn2(x).flatten(1))))
+        # Normalised before each quantized layer: behind a ReLU alone all signs would be the same.
+        x = self.bn1(self.pool(self.relu(self.conv1(x))))  # [N, 20, 12, 12]
+        x = self.bn2(self.fit(self.pool(self.relu(self.conv2(x)))))  # [N, 50, 4, 4]
+        return self.linear2(self.relu(self.linear1(x.flatten(1))))
 
 
 @register("lenet5")
