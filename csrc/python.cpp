@@ -264,7 +264,7 @@ class PreparedConv {
                          {dim(w, 0), -1, dim(w, 3)});
     const int64_t out_channels = dim(weight_scales, 1);
     set_runs(pack_, in_channels, dim(w, 1) * dim(w, 3));
-    pack_.planes = conv_.activation_planes = activation_planes;
+    pack_.planes = activation_planes;
     set_thresholds(pack_, thresholds, flips);
     set_weights(conv_, w, stride, padding, dilation, in_channels / pack_.runs, out_channels);
     conv_.activation_planes = activation_planes;

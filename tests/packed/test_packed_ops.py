@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,6 +106,29 @@ def test_what_is_not_float32_or_of_another_size_is_refused_before_memory_is_touc
         ops.packed_conv(x, constants, scales, rest[-1], residual[:1])
     with pytest.raises(RuntimeError):
         torch.vmap(lambda x: ops.packed_conv(x, constants, scales, rest[-1]))(x[None])
+
+
+def test_values_that_are_yet_to_be_negated_are():
+    x, *rest = PROBLEMS["conv"]
+    lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert lazy.is_neg() and torch.equal(lazy, x)
+    assert torch.equal(convolve(lazy, *rest), convolve(x, *rest))
+    words, weight_scales, scales, *geometry, out_size = rest
+    constants = ops.Constants(words, weight_scales, *geometry)
+    residual = torch.randn(2, 5, 6, 7)
+    lazy = torch.complex(torch.zeros_like(residual), -residual).conj().imag
+    expected = ops.packed_conv(x, constants, scales, out_size, residual)
+    assert torch.equal(ops.packed_conv(x, constants, scales, out_size, lazy), expected)
+
+
+def test_forward_mode_differentiation_is_refused():
+    x, *rest = PROBLEMS["conv"]
+    with forward_ad.dual_level():
+        assert torch.equal(convolve(x, *rest), convolve(x.clone(), *rest)), "no tangent: nothing to refuse"
+        with pytest.raises(RuntimeError, match="pass no gradient on"):
+            convolve(forward_ad.make_dual(x, torch.ones_like(x)), *rest)
+    with pytest.raises(RuntimeError, match="pass no gradient on"):
+        torch.func.jvp(lambda x: convolve(x, *rest), (x,), (torch.ones_like(x),))
 
 
 def test_constants_may_change_in_place_and_be_copied():

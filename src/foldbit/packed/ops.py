@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 
 from foldbit.kernels import native
 
@@ -106,7 +107,11 @@ def packed_conv(
 
     Raises:
         foldbit.kernels.native.KernelUnavailable: without the native core, unless the slow path was chosen.
+        RuntimeError: in forward-mode differentiation; in backward mode it comes with the backward pass.
+        ValueError: for x, scales or residual of another type or size.
     """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, residual))):
+        raise RuntimeError(_NO_GRADIENT)
     # The dispatcher takes longer than a small layer: plain inference goes past it.
     if (
         not torch.compiler.is_compiling()
@@ -124,10 +129,15 @@ def packed_conv(
 
 
 def _nobody_watches(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on the CPU, and neither autograd nor a tracer needs to see more."""
+    """Whether x is an ordinary tensor on the CPU, and neither autograd nor a tracer needs to see more.
+
+    Ordinary memory holds the values themselves: where torch has only noted that they are to be negated
+    (``z.conj().imag``), its dispatcher negates them.
+    """
     return (
         type(x) is Tensor
         and x.is_cpu
+        and not x.is_neg()
         and not (x.requires_grad and torch.is_grad_enabled())
         and not _is_tracing()
         and _len_torch_dispatch_stack() == 0
@@ -254,11 +264,18 @@ def _fake(
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
+_NO_GRADIENT = (
+    "packed layers are for inference and pass no gradient on; take gradients of the quantized network, before "
+    "foldbit.pack_"
+)
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _refuse_gradient(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError(
-        "packed layers are for inference and pass no gradient on; take gradients of the quantized network, "
-        "before foldbit.pack_"
-    )
+    raise RuntimeError(_NO_GRADIENT)
 
 
 torch.library.impl("foldbit::packed_conv", "CPU", _on_cpu)
