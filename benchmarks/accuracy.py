@@ -131,18 +131,18 @@ SETTINGS = (
 
 def train(setting: Setting, root: Path, seed: int) -> None:
     """Train one setting with one seed, on one thread, or go on with it. For a process of its own."""
-    global _images
     weight, activation = setting.schemes
     path = recipes.path_of(setting.recipe)
     options = setting.arguments(root, seed)
     recipe = recipes.load(path, overrides=options, weight=weight, activation=activation)
-    if _images is None:
-        _images = evaluate.load_data(recipe)
+    if recipe.data.name not in _images:
+        _images[recipe.data.name] = evaluate.load_data(recipe)
+    images = _images[recipe.data.name]
     with contextlib.redirect_stdout(io.StringIO()):
-        loop.train(recipe, setting.folder(root, seed), images=_images, threads=1)
+        loop.train(recipe, setting.folder(root, seed), images=images, threads=1)
 
 
-_images: ImageData | None = None
+_images: dict[str, ImageData] = {}  # that this process has loaded
 
 
 def train_all(root: Path, jobs: int) -> None:

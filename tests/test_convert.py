@@ -224,7 +224,7 @@ class Windowed(nn.Module):
 
     def forward(self, x):
         y = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
-        return self.shared(self.proj(y))
+        return self.shared(self.proj(y.to(self.proj.weight.dtype)))
 
 
 def test_a_forward_pass_that_reads_a_weight_is_noticed():

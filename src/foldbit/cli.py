@@ -280,7 +280,9 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         if arguments[:2] == ["bench", "train"]:
             arguments = ["bench-train", *arguments[2:]]
         if arguments and arguments[0] in _WITH_RECIPE:
-            arguments = _spell_out(arguments)
+            from foldbit.training import composition
+
+            arguments = composition.spell_out(arguments)
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
         name = next((argument for argument in arguments if argument in _COMMANDS), "")
@@ -312,42 +314,6 @@ def _add_recipe(sub: Any, name: str) -> list[str]:
     sub.add_argument("--threads", type=int | None, default=None, help=threads)
     sub.add_class_arguments(Recipe, as_group=False, instantiate=False)
     return options.fields_of(Recipe)
-
-
-def _spell_out(arguments: list[str]) -> list[str]:
-    """Recipes by name, and files, as the fields that they come to, each at its place among the options.
-
-    ``--weight`` and ``--activation`` go into each of them; without any they are fields like others.
-    """
-    from foldbit.training import composition
-
-    pairs = _pairs(arguments)
-    schemes = {option[2:]: value for option, value in pairs if option in ("--weight", "--activation")}
-    spelled: list[str] = []
-    for option, value in pairs:
-        if option in ("--recipe", "--config"):
-            path = composition.path_of(value) if option == "--recipe" else value
-            spelled += composition.spell(composition.resolve(path, **schemes))
-        elif option not in ("--weight", "--activation"):
-            spelled.append(value)
-    if not any(option in ("--recipe", "--config") for option, _ in pairs):
-        spelled[1:1] = [f"--quant.{what}={scheme}" for what, scheme in schemes.items()]
-    return spelled
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    """The options that recipes know with their values, anything else with an empty name."""
-    pairs = []
-    rest = iter(arguments)
-    for argument in rest:
-        option, equals, value = argument.partition("=")
-        if option not in ("--recipe", "--config", "--weight", "--activation"):
-            pairs.append(("", argument))
-        elif equals or (value := next(rest, "")):
-            pairs.append((option, value))
-        else:
-            raise ValueError(f"{option} needs a value")
-    return pairs
 
 
 _ABOUT_WHAT = (

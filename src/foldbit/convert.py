@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -407,15 +406,20 @@ def _unsupported(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+_PROPERTIES = ("dtype", "device", "shape", "ndim", "requires_grad")
+
+
 def _reads_weights_of(kind: type[nn.Module]) -> frozenset[str]:
     """Names of children whose ``weight`` a forward pass reads, past their own forward passes.
 
     torch's transformer layers do, and windowed attention in torchvision and timm, which has
-    ``F.linear(x, self.qkv.weight)``. The bytecode tells, where two attributes are loaded in a row.
+    ``F.linear(x, self.qkv.weight)``. The bytecode tells, where two attributes are loaded in a row; a third
+    one that is no more than a property of the weight, as in ``x.to(self.proj.weight.dtype)``, needs no value.
     """
     found = set()
     for base in kind.__mro__:  # a subclass may call what it overrides
         if inspect.isfunction(forward := vars(base).get("forward")):
             loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(forward)]
-            found |= {child for child, attribute in pairwise(loaded) if child and attribute == "weight"}
+            triples = zip(loaded, loaded[1:], [*loaded[2:], None], strict=False)
+            found |= {a for a, b, c in triples if a and b == "weight" and c not in _PROPERTIES}
     return frozenset(found)

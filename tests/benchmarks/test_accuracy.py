@@ -48,7 +48,6 @@ def test_a_setting_trains_and_is_found_finished(accuracy, tmp_path, monkeypatch)
         "resnet8", "ls-1 ls-2", "fashion-mnist/resnet8", (*options, *taught), ("ls-1", "ls-2")
     )
     monkeypatch.setattr(accuracy, "SETTINGS", (start, after))
-    monkeypatch.setattr(accuracy, "_images", None)
     for setting in (start, after):
         assert not accuracy.finished(setting, tmp_path, 0)
         accuracy.train(setting, tmp_path, 0)

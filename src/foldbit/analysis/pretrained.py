@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from foldbit import models
 from foldbit.analysis.sources import MissingPackage, Source, SourceError, network, safetensors_file
+from foldbit.models import pretrained as trained
 
 PACKAGED = ("efficientnet-lite0", "all-minilm-l6-v2")
 
@@ -47,7 +48,7 @@ def by_name(name: str, seed: int = 0) -> Source | None:
             inputs="activations of random weights would say nothing: not measured",
         )
     library, slash, rest = name.partition("/")
-    if slash and library in ("torchvision", "timm"):
+    if slash and library in trained.LIBRARIES:
         return _of_library(library, rest, seed)
     return None
 
@@ -87,24 +88,18 @@ def _minilm() -> Source:
 
 
 def _of_library(library: str, name: str, seed: int) -> Source:
-    module = _import(library, library)
     try:
-        if library == "timm":
-            model = module.create_model(name, pretrained=True)
-        else:
-            model = import_module("torchvision.models").get_model(name, weights="DEFAULT")
-    except Exception as error:  # unknown names and failed downloads, of every kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise SourceError(
-            f"{library} gives no trained network {name!r}: {reason}. Names are those of its own "
-            "list_models(); weights are downloaded at first use. A checkpoint's file works as well"
-        ) from error
+        model = trained.network(library, name)
+    except trained.MissingLibrary as error:
+        raise MissingPackage(str(error)) from error
+    except trained.PretrainedError as error:
+        raise SourceError(str(error)) from error
     given = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))  # as timm says it
     images, what = photographs(given[-1], seed)
     return network(
         f"{library}/{name}",
         f"{name} with the trained weights of {library}; scales for each output channel.",
-        model.eval(),
+        model,
         lambda: _one_by_one(images),
         what,
     )

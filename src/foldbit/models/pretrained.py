@@ -30,6 +30,10 @@ class PretrainedError(ValueError):
     """Weights cannot be had, or are of another network."""
 
 
+class MissingLibrary(PretrainedError):
+    """They come from a library that is not installed. The message says how to get it."""
+
+
 def is_source(text: str | os.PathLike[str]) -> bool:
     """Whether a text names what :func:`weights_of` takes: ``torchvision/NAME``, ``timm/NAME`` or a file.
 
@@ -95,12 +99,13 @@ def network(library: str, name: str) -> nn.Module:
     """A network of torchvision or timm with its trained weights, in evaluation mode.
 
     Raises:
-        PretrainedError: where the library is missing, does not know the name, or cannot get the weights.
+        MissingLibrary: where the library is.
+        PretrainedError: where it does not know the name, or cannot get the weights.
     """
     try:
         module = import_module("torchvision.models" if library == "torchvision" else library)
     except ImportError as error:
-        raise PretrainedError(
+        raise MissingLibrary(
             f"{library}/{name} takes {library}, which cannot be imported ({error}): "
             "pip install 'foldbit[vision]'"
         ) from error

@@ -265,8 +265,8 @@ def _fake(
 
 
 _NO_GRADIENT = (
-    "packed layers are for inference and pass no gradient on; take gradients of the quantized network, before "
-    "foldbit.pack_"
+    "packed layers are for inference and pass no gradient on; take gradients of the quantized network, "
+    "before foldbit.pack_"
 )
 
 

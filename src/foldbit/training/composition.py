@@ -97,6 +97,31 @@ def spell(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config={json.dumps(rest)}", *(f"--model_args.{key}={word}" for key, word in words.items())]
 
 
+def spell_out(arguments: list[str]) -> list[str]:
+    """Recipes by name, and files, as the fields that they come to, each at its place among the options.
+
+    ``--weight`` and ``--activation`` go into each of them; without any they are fields like others.
+
+    Args:
+        arguments: of a command line, the command first.
+
+    Raises:
+        ValueError: for an option without its value, and as :func:`resolve` does.
+    """
+    pairs = _pairs(arguments)
+    schemes = {option[2:]: value for option, value in pairs if option in ("--weight", "--activation")}
+    spelled: list[str] = []
+    for option, value in pairs:
+        if option in ("--recipe", "--config"):
+            path = path_of(value) if option == "--recipe" else value
+            spelled += spell(resolve(path, **schemes))
+        elif option not in ("--weight", "--activation"):
+            spelled.append(value)
+    if not any(option in ("--recipe", "--config") for option, _ in pairs):
+        spelled[1:1] = [f"--quant.{what}={scheme}" for what, scheme in schemes.items()]
+    return spelled
+
+
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Two nested mappings, the second one's values before the first one's."""
     merged = dict(under)
@@ -105,6 +130,21 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
         merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    """The options that recipes know with their values, anything else with an empty name."""
+    pairs = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option not in ("--recipe", "--config", "--weight", "--activation"):
+            pairs.append(("", argument))
+        elif equals or (value := next(rest, "")):
+            pairs.append((option, value))
+        else:
+            raise ValueError(f"{option} needs a value")
+    return pairs
 
 
 def _activation(levels: Sequence[Mapping[str, Any]]) -> str | None:
