@@ -1,35 +1,16 @@
 // The part of the Python module foldbit._native that training's passes over rows need.
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
 #include <limits>
-#include <memory>
 #include <string>
 
 #include "foldbit.h"
+#include "python_arrays.h"
 #include "rows.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace foldbit {
 namespace {
-
-using Array = nb::ndarray<nb::ro>;
-
-std::string describe(const Array& x) {
-  static const char* const dlpack_kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-  const nb::dlpack::dtype type = x.dtype();
-  std::string text = (type.code < 7 ? dlpack_kinds[type.code] : "another type of ") + std::to_string(type.bits) + " [";
-  for (size_t i = 0; i < x.ndim(); ++i) text += (i ? ", " : "") + std::to_string(x.shape(i));
-  return text + "]";
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw nb::value_error(message.c_str());
-}
 
 Array as_array(const char* name, nb::handle given) {
   Array x;
@@ -140,15 +121,13 @@ nb::object greedy_rows_py(nb::handle given, int planes, int threads, double clam
   require(1 <= planes && planes <= kMaxPlanes,
           "planes must be 1 to " + std::to_string(kMaxPlanes) + ", got " + std::to_string(planes));
   check_numbers(clamp, threads);
-  const size_t rows = x.shape(0), columns = static_cast<size_t>(planes);
-  std::unique_ptr<double[]> scales(new double[rows * columns]);
+  const int64_t rows = dim(x, 0);
+  NewArray<double> scales({rows, planes});
   typed(x, [&](auto zero) {
     using T = decltype(zero);
-    greedy_rows(rows_of<const T>(x), static_cast<int64_t>(rows), static_cast<int64_t>(x.shape(1)), planes,
-                static_cast<T>(clamp), scales.get(), threads);
+    greedy_rows(rows_of<const T>(x), rows, dim(x, 1), planes, static_cast<T>(clamp), scales.memory.get(), threads);
   });
-  nb::capsule owner(scales.get(), [](void* p) noexcept { delete[] static_cast<double*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, double>(scales.release(), {rows, columns}, owner));
+  return scales.release();
 }
 
 }  // namespace
