@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "avx2_lookup.h"
 #include "kernel_conv.h"
 #include "kernel_fold.h"
 #include "kernel_pack.h"
@@ -59,6 +60,10 @@ struct Avx2 {
       sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     return sum;
+  }
+  static Ints from_uint16(const uint16_t* p) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(p);
+    return {{_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), _mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1))}};
   }
   static Ints matches(int32_t k, Ints c) {
     for (auto& half : c.half) half = _mm256_sub_epi32(_mm256_set1_epi32(k), _mm256_add_epi32(half, half));
@@ -128,7 +133,8 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", kAvx2, pack_row<Avx2>, conv_row<Avx2>,
-                               row_kernels<float>(), row_kernels<double>()};
+const Kernels avx2_kernels = {
+    "avx2", kAvx2, pack_row<Avx2>, conv_by_lookup<Avx2>, kLookupPixels, kLookupBlocks,
+    row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

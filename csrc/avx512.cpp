@@ -59,7 +59,8 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_row<Avx512>,
-                               row_kernels<float>(), row_kernels<double>()};
+const Kernels avx512_kernels = {
+    "avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_piece<Avx512>, 64, Avx512::kBlocks,
+    row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

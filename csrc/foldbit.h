@@ -67,14 +67,21 @@ struct Conv {
                                    // images were laid side by side as the pixels of one row
 };
 
+// A piece of a convolution's output: of an image rows [y_begin, y_end), of those pixels [x_begin, x_end), of
+// those blocks [block_begin, block_end) of output channels, counted over all groups.
+struct Piece {
+  int64_t image, y_begin, y_end, x_begin, x_end, block_begin, block_end;
+};
+
 // What one instruction set offers. A kernel works on a piece, so that the pieces can go to threads.
 struct Kernels {
   const char* name;
   uint32_t required;  // Features the CPU must have
   // Pixels [begin, end) of row y of an image.
   void (*pack)(const Pack&, int64_t image, int64_t y, int64_t begin, int64_t end);
-  // Output pixels [begin, end) of output row y of an image.
-  void (*conv)(const Conv&, int64_t image, int64_t y, int64_t begin, int64_t end);
+  // A piece of at most so many pixels and blocks.
+  void (*conv)(const Conv&, const Piece&);
+  int64_t piece_pixels, piece_blocks;
   RowKernels<float> float_rows;
   RowKernels<double> double_rows;
 };

@@ -40,6 +40,11 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // The first lanes only, for the ends of rows of channels or pixels; the rest reads as 0.
 template <class V>
 typename V::Floats load_some(const float* from, int lanes) {

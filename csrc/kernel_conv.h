@@ -15,9 +15,13 @@ struct Taps {
 };
 
 Taps taps_inside(int64_t start, int64_t dilation, int64_t taps, int64_t size) {
-  const int64_t begin = smaller(larger(ceil_div(-start, dilation), 0), taps);
-  const int64_t end = smaller(larger(ceil_div(size - start, dilation), 0), taps);
-  return {begin, larger(begin, end)};
+  int64_t begin = -start, end = size - start;
+  if (dilation != 1) {  // divisions are dear, and this is done for every pixel at a border
+    begin = ceil_div(begin, dilation);
+    end = ceil_div(end, dilation);
+  }
+  begin = smaller(larger(begin, 0), taps);
+  return {begin, larger(begin, smaller(end, taps))};
 }
 
 // Output positions [begin, end) along one axis whose windows lie inside the image entirely.
@@ -101,11 +105,13 @@ struct Place {
   int64_t pixel;        // index of the first output pixel, over images, rows and columns
   int64_t channel;      // first output channel
   int64_t first_block;  // index into scales and bias: group * blocks + block
-  int lanes[2];         // channels in use in each block
+  int64_t channels;     // of the group, from `channel` on
   int weight_plane, activation_plane;
   int64_t segment;
   const float* scales;  // the first pixel's activation scales, at activation_plane
   int32_t positions;    // that were compared: taps inside the image times channels
+
+  int lanes(int block) const { return static_cast<int>(smaller(kLanes, channels - block * kLanes)); }
 };
 
 template <class V, int P, int A, int B>
@@ -117,7 +123,7 @@ void write_integers(const Conv& conv, const Place& at, const Differences<V, P, A
       const int64_t row = (plane * conv.segments + at.segment) * pixels + at.pixel + p;
       for (int b = 0; b < B; ++b)
         store_some<V>(conv.integers + row * conv.out_channels + at.channel + b * kLanes,
-                      V::matches(at.positions, differ.at(p, a, b)), at.lanes[b]);
+                      V::matches(at.positions, differ.at(p, a, b)), at.lanes(b));
     }
 }
 
@@ -137,7 +143,7 @@ void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>
     const float* residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
     const float* slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
     const int64_t next_pixel = conv.out_channels, next_scales = conv.scale_step;
-    const int lanes = at.lanes[b];
+    const int lanes = at.lanes(b);
     FOLDBIT_UNROLL
     for (int p = 0; p < P; ++p, out += next_pixel, scales += next_scales) {
       auto sum = first ? bias : load_some<V>(out, lanes);
@@ -154,12 +160,16 @@ void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>
 }
 
 template <class V, int P, int A, int B>
-void run_tile(const Conv& conv, const Walk& walk, const Place& at) {
-  const auto differ = count_differences<V, P, A, B>(walk);
+void finish(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
   if (conv.integers)
     write_integers<V>(conv, at, differ);
   else
     add_floats<V>(conv, at, differ);
+}
+
+template <class V, int P, int A, int B>
+void run_tile(const Conv& conv, const Walk& walk, const Place& at) {
+  finish<V>(conv, at, count_differences<V, P, A, B>(walk));
 }
 
 // The function for a tile of `pixels` pixels, 1 <= pixels <= P.
@@ -171,105 +181,158 @@ auto tile_function(int64_t pixels) {
   return &run_tile<V, P, A, B>;
 }
 
-// A piece of an output row.
-struct Row {
-  int64_t image, y, begin, end;
-  Taps taps;          // along the height
-  Interior interior;  // along the width
+// Where the operands of one weight plane, from one activation plane on, begin. Strides in words.
+struct Operands {
+  const uint32_t* activations;  // of the image
+  const uint32_t* weights;      // of the first block
+  int64_t activation_y, activation_x, weight_tap, weight_block;
+
+  Operands(const Conv& conv, int64_t image, const Place& at) {
+    const int64_t runs = conv.groups * conv.segments;
+    const int64_t run = at.first_block / conv.blocks * conv.segments + at.segment;
+    const int64_t block = at.weight_plane * conv.groups * conv.blocks + at.first_block;
+    activation_x = runs * conv.words;
+    activation_y = conv.width * activation_x;
+    activations = conv.activations + at.activation_plane * conv.activation_plane +
+                  image * conv.height * activation_y + run * conv.words;
+    weight_tap = conv.words * kLanes;
+    weight_block = conv.segments * conv.kernel_h * conv.kernel_w * weight_tap;
+    weights = conv.weights + block * weight_block + at.segment * weight_block / conv.segments;
+  }
 };
 
-// One weight plane and A activation planes along a row: in tiles where the whole window is inside the image,
-// pixel by pixel at the row's ends.
-template <class V, int A, int B>
-void sweep(const Conv& conv, const Row& row, Place at) {
-  constexpr int kPixels = V::kAccumulators > A * B ? smaller(V::kAccumulators / (A * B), 8) : 1;
-  const int64_t runs = conv.groups * conv.segments;
-  const int64_t run = at.first_block / conv.blocks * conv.segments + at.segment;
-  const int64_t block = at.weight_plane * conv.groups * conv.blocks + at.first_block;
-  const int64_t taps = conv.kernel_h * conv.kernel_w;
+// Positions [begin, end) along one axis of the output that have the same taps inside the image.
+struct Span {
+  int64_t begin, end;
+  Taps taps;
+  int64_t count() const { return end - begin; }
+};
 
-  Walk walk;
-  walk.plane = conv.activation_plane;
-  walk.pixel = conv.stride_w * runs * conv.words;
-  walk.tap_x = conv.dilation_w * runs * conv.words;
-  walk.tap_y = conv.dilation_h * conv.width * runs * conv.words;
-  walk.weight_y = conv.kernel_w * conv.words * kLanes;
-  walk.weight_block = conv.segments * taps * conv.words * kLanes;
-  walk.rows = row.taps.count();
-  const int64_t y = row.y * conv.stride_h - conv.pad_top + row.taps.begin * conv.dilation_h;
-  const uint32_t* activations = conv.activations + at.activation_plane * conv.activation_plane +
-                                ((row.image * conv.height + y) * conv.width * runs + run) * conv.words;
-  const uint32_t* weights = conv.weights + (block * conv.segments + at.segment) * taps * conv.words * kLanes +
-                            row.taps.begin * walk.weight_y;
+// One axis of a convolution, and the output positions along it whose windows lie inside the image.
+struct Axis {
+  int64_t stride, pad, dilation, taps, size;
+  Interior inside;
 
-  const Interior inside = {larger(row.interior.begin, row.begin), smaller(row.interior.end, row.end)};
-  const int64_t length = larger(inside.end - inside.begin, 1);
-  const int64_t tile = ceil_div(length, ceil_div(length, kPixels));  // even tiles, not full ones and a small rest
-  for (int64_t x = row.begin, pixels; x < row.end; x += pixels) {
-    const int64_t start = x * conv.stride_w - conv.pad_left;
-    Taps columns = {0, conv.kernel_w};
-    if (inside.begin <= x && x < inside.end) {
-      pixels = smaller(tile, inside.end - x);
-    } else {
-      pixels = 1;
-      columns = taps_inside(start, conv.dilation_w, conv.kernel_w, conv.width);  // divides: not for every tile
+  Axis(int64_t stride, int64_t pad, int64_t dilation, int64_t taps, int64_t size, int64_t out_size)
+      : stride(stride), pad(pad), dilation(dilation), taps(taps), size(size),
+        inside(interior(stride, pad, dilation, taps, size, out_size)) {}
+
+  int64_t start(int64_t position) const { return position * stride - pad; }
+  // The span that begins at a position: of all that lie inside, or of one.
+  Span span(int64_t begin, int64_t end) const {
+    if (inside.begin <= begin && begin < inside.end) return {begin, smaller(end, inside.end), {0, taps}};
+    return {begin, begin + 1, taps_inside(start(begin), dilation, taps, size)};
+  }
+};
+
+struct Axes {
+  Axis y, x;
+  explicit Axes(const Conv& conv)
+      : y(conv.stride_h, conv.pad_top, conv.dilation_h, conv.kernel_h, conv.height, conv.out_height),
+        x(conv.stride_w, conv.pad_left, conv.dilation_w, conv.kernel_w, conv.width, conv.out_width) {}
+};
+
+// Along a piece's row: body(x, pixels, columns) for tiles of up to `most` pixels with the same taps inside.
+template <class Body>
+void for_tiles(const Axis& axis, const Piece& piece, int64_t most, const Body& body) {
+  for (int64_t x = piece.x_begin; x < piece.x_end;) {
+    const Span span = axis.span(x, piece.x_end);
+    const int64_t tile = ceil_div(span.count(), ceil_div(span.count(), most));  // even ones, no small rest
+    for (int64_t pixels; x < span.end; x += pixels) {
+      pixels = smaller(tile, span.end - x);
+      body(x, pixels, span.taps);
     }
-    walk.activations = activations + (start + columns.begin * conv.dilation_w) * runs * conv.words;
-    walk.weights = weights + columns.begin * conv.words * kLanes;
-    walk.columns = columns.count();
-    walk.words = conv.words;
-    if (walk.tap_x == walk.words) {  // neighbouring taps are neighbours in memory: one long run of words
-      walk.words *= walk.columns;
-      walk.columns = 1;
-    }
-    at.pixel = (row.image * conv.out_height + row.y) * conv.out_width + x;
-    if (!conv.integers)
-      at.scales = conv.activation_scales + row.image * conv.activation_planes + at.activation_plane +
-                  x * conv.scale_step;
-    at.positions = static_cast<int32_t>(walk.rows * columns.count() * conv.channels);
-    tile_function<V, kPixels, A, B>(pixels)(conv, walk, at);
   }
 }
 
-// B blocks of output channels through every segment and plane, in the order the sum is defined in.
-// Activation planes go in pairs, which share the loads of the weights.
-template <class V, int B>
-void all_planes(const Conv& conv, const Row& row, Place at) {
+// The same place at another pixel, with so many taps inside the image.
+Place place_at(const Conv& conv, Place at, int64_t image, int64_t y, int64_t x, int64_t taps) {
+  at.pixel = (image * conv.out_height + y) * conv.out_width + x;
+  if (!conv.integers)
+    at.scales = conv.activation_scales + image * conv.activation_planes + at.activation_plane +
+                x * conv.scale_step;
+  at.positions = static_cast<int32_t>(taps * conv.channels);
+  return at;
+}
+
+// One weight plane and A activation planes through a piece.
+template <class V, int A, int B>
+void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& at) {
+  constexpr int kPixels = V::kAccumulators > A * B ? smaller(V::kAccumulators / (A * B), 8) : 1;
+  const Operands from(conv, piece.image, at);
+  Walk walk;
+  walk.plane = conv.activation_plane;
+  walk.pixel = conv.stride_w * from.activation_x;
+  walk.tap_x = conv.dilation_w * from.activation_x;
+  walk.tap_y = conv.dilation_h * from.activation_y;
+  walk.weight_y = conv.kernel_w * from.weight_tap;
+  walk.weight_block = from.weight_block;
+  for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
+    const Taps rows = axes.y.span(y, y + 1).taps;
+    const uint32_t* row = from.activations + axes.y.start(y) * from.activation_y + rows.begin * walk.tap_y;
+    const uint32_t* weights = from.weights + rows.begin * walk.weight_y;
+    walk.rows = rows.count();
+    for_tiles(axes.x, piece, kPixels, [&](int64_t x, int64_t pixels, Taps columns) {
+      walk.activations = row + axes.x.start(x) * from.activation_x + columns.begin * walk.tap_x;
+      walk.weights = weights + columns.begin * from.weight_tap;
+      walk.columns = columns.count();
+      walk.words = conv.words;
+      if (walk.tap_x == walk.words) {  // neighbouring taps are neighbours in memory: one long run of words
+        walk.words *= walk.columns;
+        walk.columns = 1;
+      }
+      const int64_t taps = rows.count() * columns.count();
+      tile_function<V, kPixels, A, B>(pixels)(conv, walk, place_at(conv, at, piece.image, y, x, taps));
+    });
+  }
+}
+
+// Calls body(A, place) for every segment, weight plane and one or two (A) activation planes, in the order the sum
+// is defined in. Two activation planes share the loads of the weights.
+template <bool kPairs, class Body>
+void for_planes(const Conv& conv, Place at, const Body& body) {
   for (at.segment = 0; at.segment < conv.segments; ++at.segment)
     for (at.weight_plane = 0; at.weight_plane < conv.weight_planes; ++at.weight_plane) {
       at.activation_plane = 0;
-      if constexpr (V::kAccumulators >= 2 * B)
+      if constexpr (kPairs)
         for (; at.activation_plane + 1 < conv.activation_planes; at.activation_plane += 2)
-          sweep<V, 2, B>(conv, row, at);
-      for (; at.activation_plane < conv.activation_planes; ++at.activation_plane)
-        sweep<V, 1, B>(conv, row, at);
+          body(Constant<2>(), at);
+      for (; at.activation_plane < conv.activation_planes; ++at.activation_plane) body(Constant<1>(), at);
     }
 }
 
-template <class V>
-void conv_row(const Conv& conv, int64_t image, int64_t y, int64_t begin, int64_t end) {
-  const Taps taps =
-      taps_inside(y * conv.stride_h - conv.pad_top, conv.dilation_h, conv.kernel_h, conv.height);
-  const Interior inside =
-      interior(conv.stride_w, conv.pad_left, conv.dilation_w, conv.kernel_w, conv.width, conv.out_width);
-  const Row row = {image, y, begin, end, taps, inside};
+// Calls body(blocks, place) for the piece's blocks of output channels, several at a time: most at once, and never
+// of two groups.
+template <class Body>
+void for_blocks(const Conv& conv, const Piece& piece, int64_t most, const Body& body) {
   const int64_t per_group = conv.out_channels / conv.groups;
-  for (int64_t group = 0; group < conv.groups; ++group) {
-    for (int64_t block = 0; block < conv.blocks;) {
-      Place at{};
-      at.first_block = group * conv.blocks + block;
-      at.channel = group * per_group + block * kLanes;
-      for (int b = 0; b < 2; ++b)
-        at.lanes[b] = static_cast<int>(smaller(kLanes, per_group - (block + b) * kLanes));
-      if (V::kBlocks == 2 && block + 1 < conv.blocks) {
-        all_planes<V, V::kBlocks>(conv, row, at);
-        block += 2;
-      } else {
-        all_planes<V, 1>(conv, row, at);
-        block += 1;
-      }
-    }
+  for (int64_t block = piece.block_begin, blocks; block < piece.block_end; block += blocks) {
+    const int64_t group = block / conv.blocks, in_group = block % conv.blocks;
+    blocks = smaller(smaller(most, conv.blocks - in_group), piece.block_end - block);
+    Place at{};
+    at.first_block = block;
+    at.channel = group * per_group + in_group * kLanes;
+    at.channels = per_group - in_group * kLanes;
+    body(blocks, at);
   }
+}
+
+template <class V, int B>
+void sweep_planes(const Conv& conv, const Piece& piece, const Axes& axes, const Place& first) {
+  for_planes<(V::kAccumulators >= 2 * B)>(conv, first, [&](auto a, const Place& at) {
+    sweep<V, a.value, B>(conv, piece, axes, at);
+  });
+}
+
+template <class V>
+void conv_piece(const Conv& conv, const Piece& piece) {
+  const Axes axes(conv);
+  for_blocks(conv, piece, V::kBlocks, [&](int64_t blocks, const Place& at) {
+    if (blocks == V::kBlocks)
+      sweep_planes<V, V::kBlocks>(conv, piece, axes, at);
+    else
+      sweep_planes<V, 1>(conv, piece, axes, at);
+  });
 }
 
 }  // namespace

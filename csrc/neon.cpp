@@ -133,7 +133,8 @@ struct Neon {
 
 }  // namespace
 
-const Kernels neon_kernels = {"neon",         0, pack_row<Neon>, conv_row<Neon>, row_kernels<float>(),
-                              row_kernels<double>()};
+const Kernels neon_kernels = {
+    "neon", 0, pack_row<Neon>, conv_piece<Neon>, 64, Neon::kBlocks,
+    row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

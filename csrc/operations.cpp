@@ -10,21 +10,9 @@ namespace foldbit {
 namespace {
 
 constexpr int64_t kPackValues = 8192;       // floats packed in one piece: a few microseconds
-constexpr int64_t kConvPixels = 64;         // output pixels of one piece, at most
 constexpr int64_t kScratchWords = 1 << 18;  // 1 MiB of packed activations at a time, or one image
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Call body(image, y, begin, end) for pieces of rows that hold at most `pixels` pixels.
-template <class Body>
-void for_pieces(int64_t images, int64_t height, int64_t width, int64_t pixels, int threads,
-                const Body& body) {
-  const int64_t pieces = ceil_div(width, pixels);
-  parallel_for(images * height * pieces, threads, [&](int64_t task) {
-    const int64_t row = task / pieces, begin = task % pieces * pixels;
-    body(row / height, row % height, begin, std::min(begin + pixels, width));
-  });
-}
 
 void run_pack(Pack pack, int threads) {
   if (pack.stride_y == pack.width * pack.stride_x) {  // an image is one long row
@@ -33,10 +21,11 @@ void run_pack(Pack pack, int threads) {
   }
   const int64_t pixels = ceil_div(kPackValues / pack.channels + 1, kLanes) * kLanes;
   const Kernels& kernels = current_kernels();
-  for_pieces(pack.images, pack.height, pack.width, pixels, threads,
-             [&](int64_t image, int64_t y, int64_t begin, int64_t end) {
-               kernels.pack(pack, image, y, begin, end);
-             });
+  const int64_t pieces = ceil_div(pack.width, pixels);  // of a row
+  parallel_for(pack.images * pack.height * pieces, threads, [&](int64_t task) {
+    const int64_t row = task / pieces, begin = task % pieces * pixels;
+    kernels.pack(pack, row / pack.height, row % pack.height, begin, std::min(begin + pixels, pack.width));
+  });
 }
 
 void run_conv(Conv conv, int threads) {
@@ -52,11 +41,21 @@ void run_conv(Conv conv, int threads) {
       conv.scale_step = conv.activation_planes;
     }
   }
+  if (conv.images * conv.out_height * conv.out_width == 0) return;
   const Kernels& kernels = current_kernels();
-  for_pieces(conv.images, conv.out_height, conv.out_width, kConvPixels, threads,
-             [&](int64_t image, int64_t y, int64_t begin, int64_t end) {
-               kernels.conv(conv, image, y, begin, end);
-             });
+  const int64_t width = std::min(conv.out_width, kernels.piece_pixels);
+  const int64_t height = std::min(conv.out_height, kernels.piece_pixels / width);
+  const int64_t across = ceil_div(conv.out_width, width), down = ceil_div(conv.out_height, height);
+  const int64_t blocks = conv.groups * conv.blocks, cuts = ceil_div(blocks, kernels.piece_blocks);
+  const int64_t strips = conv.images * down * across;
+  // All of the image with some channels' weights, then with the next ones': of the two, packed images are small.
+  parallel_for(cuts * strips, threads, [&](int64_t task) {
+    const int64_t block = task / strips * kernels.piece_blocks;
+    const int64_t strip = task % strips, x = strip % across * width, y = strip / across % down * height;
+    kernels.conv(conv, {strip / across / down, y, std::min(y + height, conv.out_height), x,
+                        std::min(x + width, conv.out_width), block,
+                        std::min(block + kernels.piece_blocks, blocks)});
+  });
 }
 
 // Kept by each calling thread, so that a network's layers reuse one another's memory.

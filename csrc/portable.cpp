@@ -116,7 +116,8 @@ struct Portable {
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", 0, pack_row<Portable>, conv_row<Portable>,
-                               row_kernels<float>(), row_kernels<double>()};
+const Kernels portable_kernels = {
+    "portable", 0, pack_row<Portable>, conv_piece<Portable>, 64, Portable::kBlocks,
+    row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

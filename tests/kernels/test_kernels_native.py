@@ -50,7 +50,7 @@ def problems(draw):
     run = draw(st.sampled_from([1, 2, 7, 16, 31, 32, 33, 48, 64, 100]))
     images, height, width = draw(st.integers(0, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    out = groups * draw(st.sampled_from([1, 3, 16, 17, 32, 40]))
+    out = groups * draw(st.sampled_from([1, 3, 16, 17, 32, 40, 64, 90]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     x = rng.standard_normal((images, groups * segments * run, height, width), dtype=np.float32)
@@ -128,7 +128,25 @@ def test_thresholds_slopes_and_residuals_too(problem, data, threads):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", [(5, 200, 1, 1), (1, 200, 70, 1), (2, 200, 9, 9), (3, 8192, 1, 1)])
+@pytest.mark.parametrize("channels", [64, 480, 1000])
+def test_counts_where_every_bit_differs(isa, channels):
+    """The most that partial counts in narrow integers have to hold."""
+    a = np.zeros((2, 1, 12, 12, 1, -(-channels // 32)), np.uint32)
+    disk = layout.pack_bits(np.ones((1, 80, 3, 3, channels), bool))
+    w = layout.disk_to_kernel(disk, channels)
+    inside = np.minimum(3, 2 + np.minimum(np.arange(12), np.arange(12)[::-1]))
+    expected = -channels * np.outer(inside, inside)
+    with native.use(isa):
+        got = native.conv_integers(
+            a, w, padding=(1, 1), out_size=(12, 12), in_channels_per_segment=channels, out_channels=80
+        )
+    np.testing.assert_array_equal(got, np.broadcast_to(expected[:, :, None], got.shape))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "shape", [(5, 200, 1, 1), (1, 200, 70, 1), (2, 200, 9, 9), (3, 8192, 1, 1), (9, 66_000, 1, 1)]
+)
 def test_pixelwise_convolutions_and_long_sums(isa, shape):
     """Linear layers, a batch of single pixels, and counts past what a byte holds."""
     rng = np.random.default_rng(0)

@@ -69,7 +69,7 @@ struct Problem {
   Problem() {
     const int64_t groups = between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
     const int64_t runs = groups * segments, run = between(1, 70), words = ceil_div(run, kWordBits);
-    const int64_t per_group = between(1, 40);
+    const int64_t per_group = between(1, 90);
     pack.images = between(1, 2);
     pack.channels = runs * run;
     pack.height = between(1, 7);
