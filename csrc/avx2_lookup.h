@@ -139,20 +139,26 @@ auto lookup_function(int64_t pixels) {
   return &look_up<R, B>;
 }
 
-template <class V, int P, int A, int B>
-void finish_sums(const Conv& conv, const Place& at, const uint16_t* sums, int64_t plane) {
-  Differences<V, P, A, 1> differ;
-  for (int p = 0; p < P; ++p)
-    for (int a = 0; a < A; ++a) differ.all[p * A + a] = V::from_uint16(sums + a * plane + p * B * kLanes);
-  finish<V>(conv, at, differ);
-}
-
-template <class V, int P, int A, int B>
-auto finish_function(int64_t pixels) {
-  if constexpr (P > 1) {
-    if (pixels < P) return finish_function<V, P - 1, A, B>(pixels);
-  }
-  return &finish_sums<V, P, A, B>;
+// Sums [A][kLookupPixels][B * 16] of a piece to its output.
+template <class V, template <class, int> class Output, int A, int B>
+void finish_sums(const Conv& conv, const Piece& piece, const Axes& axes, const Place& at, const uint16_t* sums) {
+  for (int64_t y = piece.y_begin; y < piece.y_end; ++y)
+    for (int64_t x = piece.x_begin; x < piece.x_end;) {
+      const Span span = axes.x.span(x, piece.x_end);
+      const int64_t taps = axes.y.span(y, y + 1).taps.count() * span.taps.count();
+      const Place there = place_at(conv, at, piece.image, y, x, taps);
+      for (int b = 0; b < B; ++b) {
+        const Output<V, A> output(conv, there, b);
+        for (int64_t p = 0; p < span.count(); ++p) {
+          typename V::Ints planes[A];
+          for (int a = 0; a < A; ++a)
+            planes[a] = V::from_uint16(sums + ((a * kLookupPixels + p) * B + b) * kLanes);
+          output.write(p, planes);
+        }
+      }
+      sums += span.count() * B * kLanes;
+      x = span.end;
+    }
 }
 
 // A piece's sums, of B blocks of channels.
@@ -213,20 +219,10 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
     }
   }
 
-  constexpr int kPixels = V::kAccumulators / A;
-  for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
-    const int64_t rows = axes.y.span(y, y + 1).taps.count();
-    for_tiles(axes.x, piece, kPixels, [&](int64_t x, int64_t pixels, Taps columns) {
-      Place there = place_at(conv, at, piece.image, y, x, rows * columns.count());
-      const uint16_t* sum = sums.at(y - piece.y_begin, x - piece.x_begin);
-      for (int b = 0; b < B; ++b, sum += kLanes) {
-        finish_function<V, kPixels, A, B>(pixels)(conv, there, sum, kPlane);
-        there.first_block += 1;
-        there.channel += kLanes;
-        there.channels -= kLanes;
-      }
-    });
-  }
+  if (conv.integers)
+    finish_sums<V, IntegerOutput, A, B>(conv, piece, axes, at, memory);
+  else
+    finish_sums<V, FloatOutput, A, B>(conv, piece, axes, at, memory);
 }
 
 // A piece of at most kLookupPixels pixels.

@@ -79,9 +79,9 @@ struct Kernels {
   uint32_t required;  // Features the CPU must have
   // Pixels [begin, end) of row y of an image.
   void (*pack)(const Pack&, int64_t image, int64_t y, int64_t begin, int64_t end);
-  // A piece of at most so many pixels and blocks.
   void (*conv)(const Conv&, const Piece&);
-  int64_t piece_pixels, piece_blocks;
+  int64_t piece_pixels;  // the most that a piece may have
+  int64_t piece_blocks;  // that are computed together: a piece should have a multiple
   RowKernels<float> float_rows;
   RowKernels<double> double_rows;
 };

@@ -114,62 +114,92 @@ struct Place {
   int lanes(int block) const { return static_cast<int>(smaller(kLanes, channels - block * kLanes)); }
 };
 
-template <class V, int P, int A, int B>
-void write_integers(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
-  const int64_t pixels = conv.images * conv.out_height * conv.out_width;
-  for (int p = 0; p < P; ++p)
-    for (int a = 0; a < A; ++a) {
-      const int64_t plane = at.weight_plane * conv.activation_planes + at.activation_plane + a;
-      const int64_t row = (plane * conv.segments + at.segment) * pixels + at.pixel + p;
-      for (int b = 0; b < B; ++b)
-        store_some<V>(conv.integers + row * conv.out_channels + at.channel + b * kLanes,
-                      V::matches(at.positions, differ.at(p, a, b)), at.lanes(b));
-    }
-}
+// A block's integers on their way out: one pixel after another, from the place's on.
+template <class V, int A>
+struct IntegerOutput {
+  int32_t* out;
+  int64_t pixel, plane;
+  int32_t positions;
+  int lanes;
 
-// The output itself is the accumulator over segments and planes: one thread owns each pixel.
-template <class V, int P, int A, int B>
-void add_floats(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
-  const bool first = at.segment == 0 && at.weight_plane == 0 && at.activation_plane == 0;
-  const bool last = at.segment + 1 == conv.segments && at.weight_plane + 1 == conv.weight_planes &&
-                    at.activation_plane + A == conv.activation_planes;
-  for (int b = 0; b < B; ++b) {
+  IntegerOutput(const Conv& conv, const Place& at, int block)
+      : pixel(conv.out_channels),
+        plane(conv.segments * conv.images * conv.out_height * conv.out_width * conv.out_channels),
+        positions(at.positions),
+        lanes(at.lanes(block)) {
+    const int64_t planes = at.weight_plane * conv.activation_planes + at.activation_plane;
+    out = conv.integers + planes * plane + at.segment * (plane / conv.segments) + at.pixel * pixel + at.channel +
+          block * kLanes;
+  }
+  void write(int64_t p, const typename V::Ints (&differ)[A]) const {
+    FOLDBIT_UNROLL
+    for (int a = 0; a < A; ++a)
+      store_some<V>(out + a * plane + p * pixel, V::matches(positions, differ[a]), lanes);
+  }
+};
+
+// A block's floats. The output itself is the accumulator over segments and planes: one thread owns each pixel.
+template <class V, int A>
+struct FloatOutput {
+  typename V::Floats weight_scale, bias;
+  const float *scales, *slopes, *residual;
+  float* out;
+  int64_t pixel, scale_step;
+  int32_t positions;
+  int lanes;
+  bool first;
+
+  FloatOutput(const Conv& conv, const Place& at, int b)
+      : scales(at.scales),
+        out(conv.out + at.pixel * conv.out_channels + at.channel + b * kLanes),
+        pixel(conv.out_channels),
+        scale_step(conv.scale_step),
+        positions(at.positions),
+        lanes(at.lanes(b)),
+        first(at.segment == 0 && at.weight_plane == 0 && at.activation_plane == 0) {
     const int64_t block = at.first_block + b;
     const int64_t scales_of = at.weight_plane * conv.groups * conv.blocks + block;
-    const auto weight_scale = V::load(conv.weight_scales + (scales_of * conv.segments + at.segment) * kLanes);
-    const auto bias = V::load(conv.bias + block * kLanes);
-    const float* scales = at.scales;
-    float* out = conv.out + at.pixel * conv.out_channels + at.channel + b * kLanes;
-    const float* residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
-    const float* slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
-    const int64_t next_pixel = conv.out_channels, next_scales = conv.scale_step;
-    const int lanes = at.lanes(b);
+    weight_scale = V::load(conv.weight_scales + (scales_of * conv.segments + at.segment) * kLanes);
+    bias = V::load(conv.bias + block * kLanes);
+    const bool last = at.segment + 1 == conv.segments && at.weight_plane + 1 == conv.weight_planes &&
+                      at.activation_plane + A == conv.activation_planes;
+    slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
+    residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
+  }
+  void write(int64_t p, const typename V::Ints (&differ)[A]) const {
+    auto sum = first ? bias : load_some<V>(out + p * pixel, lanes);
     FOLDBIT_UNROLL
-    for (int p = 0; p < P; ++p, out += next_pixel, scales += next_scales) {
-      auto sum = first ? bias : load_some<V>(out, lanes);
+    for (int a = 0; a < A; ++a) {
+      const auto integer = V::to_float(V::matches(positions, differ[a]));
+      sum = V::add(sum, V::mul(weight_scale, V::mul(V::broadcast(scales[p * scale_step + a]), integer)));
+    }
+    if (slopes) sum = V::leaky(sum, V::load(slopes));
+    if (residual) sum = V::add(sum, load_some<V>(residual + p * pixel, lanes));
+    store_some<V>(out + p * pixel, sum, lanes);
+  }
+};
+
+template <class V, template <class, int> class Output, int P, int A, int B>
+void finish_tile(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
+  for (int b = 0; b < B; ++b) {
+    const Output<V, A> output(conv, at, b);
+    FOLDBIT_UNROLL
+    for (int p = 0; p < P; ++p) {
+      typename V::Ints planes[A];
       FOLDBIT_UNROLL
-      for (int a = 0; a < A; ++a) {
-        const auto integer = V::to_float(V::matches(at.positions, differ.at(p, a, b)));
-        sum = V::add(sum, V::mul(weight_scale, V::mul(V::broadcast(scales[a]), integer)));
-      }
-      if (slopes) sum = V::leaky(sum, V::load(slopes));
-      if (residual) sum = V::add(sum, load_some<V>(residual + p * next_pixel, lanes));
-      store_some<V>(out, sum, lanes);
+      for (int a = 0; a < A; ++a) planes[a] = differ.at(p, a, b);
+      output.write(p, planes);
     }
   }
 }
 
 template <class V, int P, int A, int B>
-void finish(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
-  if (conv.integers)
-    write_integers<V>(conv, at, differ);
-  else
-    add_floats<V>(conv, at, differ);
-}
-
-template <class V, int P, int A, int B>
 void run_tile(const Conv& conv, const Walk& walk, const Place& at) {
-  finish<V>(conv, at, count_differences<V, P, A, B>(walk));
+  const auto differ = count_differences<V, P, A, B>(walk);
+  if (conv.integers)
+    finish_tile<V, IntegerOutput>(conv, at, differ);
+  else
+    finish_tile<V, FloatOutput>(conv, at, differ);
 }
 
 // The function for a tile of `pixels` pixels, 1 <= pixels <= P.
