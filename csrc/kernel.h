@@ -33,6 +33,14 @@
 #define FOLDBIT_UNROLL
 #endif
 
+#if defined(__GNUC__)
+#define FOLDBIT_NOINLINE __attribute__((noinline))
+#elif defined(_MSC_VER)
+#define FOLDBIT_NOINLINE __declspec(noinline)
+#else
+#define FOLDBIT_NOINLINE
+#endif
+
 namespace foldbit {
 namespace {
 

@@ -56,15 +56,16 @@ struct Differences {
   }
 };
 
+// A function of its own, so that its loop has the registers to itself.
 template <class V, int P, int A, int B>
-Differences<V, P, A, B> count_differences(const Walk& walk) {
+FOLDBIT_NOINLINE Differences<V, P, A, B> count_differences(const Walk& walk) {
   constexpr bool kFills = V::kRoom < INT_MAX;
   Differences<V, P, A, B> total;
   typename V::Counts counts[total.kSize];
   FOLDBIT_UNROLL
   for (int i = 0; i < total.kSize; ++i) {
     counts[i] = V::no_counts();
-    total.all[i] = V::no_ints();
+    if (kFills) total.all[i] = V::no_ints();
   }
   int64_t room = V::kRoom;
   for (int64_t y = 0; y < walk.rows; ++y) {
@@ -96,7 +97,7 @@ Differences<V, P, A, B> count_differences(const Walk& walk) {
     }
   }
   FOLDBIT_UNROLL
-  for (int i = 0; i < total.kSize; ++i) total.all[i] = V::widen(total.all[i], counts[i]);
+  for (int i = 0; i < total.kSize; ++i) total.all[i] = V::widen(kFills ? total.all[i] : V::no_ints(), counts[i]);
   return total;
 }
 
