@@ -1,5 +1,6 @@
-// AVX2: popcount by table lookup. A byte shuffle looks up the bits of 32 nibbles at once; the counts stay in
-// bytes while they fit.
+// AVX2: differences are looked up (avx2_lookup.h). For few pixels, where bringing the weights into form for that would
+// cost more than it gains, and for very long sums, bits are counted: a byte shuffle looks up the bits of 32 nibbles at
+// once; the counts stay in bytes while they fit.
 
 #include <immintrin.h>
 
@@ -61,6 +62,7 @@ struct Avx2 {
     }
     return sum;
   }
+  // For avx2_lookup.h.
   static Ints from_uint16(const uint16_t* p) {
     const __m128i* from = reinterpret_cast<const __m128i*>(p);
     return {{_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), _mm256_cvtepu16_epi32(_mm_loadu_si128(from + 1))}};

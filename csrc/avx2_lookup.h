@@ -35,7 +35,7 @@ constexpr int kLookupSteps = 4 * kLookupWords;
 
 // Bytes of a window that lie side by side, and their place among the weights in form.
 struct ByteRun {
-  int64_t activation;  // from the pixel's first byte
+  int64_t activation;  // from the first tap inside the image
   int weight, bytes;
 };
 
@@ -55,8 +55,8 @@ struct ByteRuns {
         const int64_t stop = start + (joined ? columns.count() : 1) * conv.words;
         const int64_t first = larger(start, begin), last = smaller(stop, end);
         if (first < last)
-          all[count++] = {4 * (y * tap_y + x * tap_x + first - start), static_cast<int>(4 * (first - begin)),
-                          static_cast<int>(4 * (last - first))};
+          all[count++] = {4 * ((y - rows.begin) * tap_y + (x - columns.begin) * tap_x + first - start),
+                          static_cast<int>(4 * (first - begin)), static_cast<int>(4 * (last - first))};
       }
   }
 };
@@ -88,7 +88,7 @@ void as_nibbles(const uint32_t* weights, int64_t weight_block, int words, uint8_
     }
 }
 
-// Pixels with the same taps inside the image: where their windows begin, and their sums, of B * 16 channels.
+// Pixels with the same taps inside the image: the first of those, and the pixels' sums, of B * 16 channels.
 struct Pixels {
   const uint8_t* activations[4];
   uint16_t* sums[4];
@@ -181,7 +181,8 @@ void look_up_spans(const Operands& from, int64_t plane, const Axes& axes, const 
   for (int64_t y = rows.begin; y < rows.end; ++y)
     for (int64_t x = columns.begin; x < columns.end; ++x) {
       pixels.activations[count] = reinterpret_cast<const uint8_t*>(
-          from.activations + plane + axes.y.start(y) * from.activation_y + axes.x.start(x) * from.activation_x);
+          from.activations + plane + axes.y.tap(y, rows.taps.begin) * from.activation_y +
+          axes.x.tap(x, columns.taps.begin) * from.activation_x);
       pixels.sums[count] = sums.at(y - piece.y_begin, x - piece.x_begin);
       if (++count == kPixels) {
         look_up<kPixels, B>(pixels, nibbles, runs, at_first);

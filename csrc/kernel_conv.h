@@ -248,11 +248,12 @@ struct Axis {
       : stride(stride), pad(pad), dilation(dilation), taps(taps), size(size),
         inside(interior(stride, pad, dilation, taps, size, out_size)) {}
 
-  int64_t start(int64_t position) const { return position * stride - pad; }
+  // Where in the input a tap of an output position's window lies; before 0 it is outside.
+  int64_t tap(int64_t position, int64_t tap) const { return position * stride - pad + tap * dilation; }
   // The span that begins at a position: of all that lie inside, or of one.
   Span span(int64_t begin, int64_t end) const {
     if (inside.begin <= begin && begin < inside.end) return {begin, smaller(end, inside.end), {0, taps}};
-    return {begin, begin + 1, taps_inside(start(begin), dilation, taps, size)};
+    return {begin, begin + 1, taps_inside(tap(begin, 0), dilation, taps, size)};
   }
 };
 
@@ -300,11 +301,11 @@ void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& 
   walk.weight_block = from.weight_block;
   for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
     const Taps rows = axes.y.span(y, y + 1).taps;
-    const uint32_t* row = from.activations + axes.y.start(y) * from.activation_y + rows.begin * walk.tap_y;
+    const uint32_t* row = from.activations + axes.y.tap(y, rows.begin) * from.activation_y;
     const uint32_t* weights = from.weights + rows.begin * walk.weight_y;
     walk.rows = rows.count();
     for_tiles(axes.x, piece, kPixels, [&](int64_t x, int64_t pixels, Taps columns) {
-      walk.activations = row + axes.x.start(x) * from.activation_x + columns.begin * walk.tap_x;
+      walk.activations = row + axes.x.tap(x, columns.begin) * from.activation_x;
       walk.weights = weights + columns.begin * from.weight_tap;
       walk.columns = columns.count();
       walk.words = conv.words;
