@@ -29,7 +29,7 @@ def module(name):
 
 @pytest.mark.parametrize("size, kernel, stride", [(7, 3, 1), (8, 3, 2), (5, 5, 1), (4, 1, 2), (2, 5, 1)])
 def test_macs_are_those_of_a_convolution_of_ones(size, kernel, stride):
-    case = module("kernels").Case(40, 24, size, kernel, stride)  # of which the kernels make 64 and 32
+    case = module("cases").Case(40, 24, size, kernel, stride)  # of which the kernels make 64 and 32
     ones = torch.ones(1, 64, size, size), torch.ones(32, 64, kernel, kernel)
     assert case.macs() == F.conv2d(*ones, stride=stride, padding=kernel // 2).sum()
     outputs = F.conv2d(*ones, stride=stride, padding=kernel // 2).numel()
@@ -37,11 +37,11 @@ def test_macs_are_those_of_a_convolution_of_ones(size, kernel, stride):
 
 
 def test_share_of_peak():
-    kernels = module("kernels")
-    case = kernels.Case(32, 16, 1, 1)  # 512 bits
-    peak = kernels.ROUNDS * kernels.BITS / 512  # seconds: one case a second
-    assert kernels.share_of_peak(case, 1, 1.0, peak) == pytest.approx(1.0)
-    assert kernels.share_of_peak(case, 2, 4.0, peak) == pytest.approx(0.5)
+    case = module("cases").Case(32, 16, 1, 1)  # 512 bits
+    peak = module("peak")
+    seconds = peak.ROUNDS * peak.BITS / 512  # one case a second
+    assert peak.share_of_peak(case, 1, 1.0, seconds) == pytest.approx(1.0)
+    assert peak.share_of_peak(case, 2, 4.0, seconds) == pytest.approx(0.5)
 
 
 def test_a_layer_is_the_difference_of_two_chains():
@@ -68,9 +68,9 @@ def test_what_is_wrong_is_not_timed():
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_a_layer_of_foldbit_is_a_chain_of_one(planes):
-    kernels, peers = module("kernels"), module("peers")
+    cases, peers = module("cases"), module("peers")
     chain = peers.chain(20, 5, 1, planes)
-    layer = kernels.Layer(kernels.Case(20, 20, 5), planes, chain)
+    layer = cases.Layer(cases.Case(20, 20, 5), planes, chain)
     with torch.no_grad():
         peers.check("module", layer.module()().numpy(), chain.binary(), 1e-6)
     peers.check("native call", np.moveaxis(layer.kernel()(), 3, 1), chain.binary(), 1e-6)
