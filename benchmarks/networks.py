@@ -29,7 +29,7 @@ import numpy as np
 import peers
 import torch
 from peers import Array, Runner, check
-from results import Goal, cores, draw, load, native_calls, pin, show_goals, where, write
+from results import Goal, cores, draw, load, native_calls, native_seconds, pin, show_goals, where, write
 from torch import Tensor, nn
 
 import foldbit as fb
@@ -313,8 +313,7 @@ def where_time_goes(model: nn.Module, x: Tensor, runs: int) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for _ in range(runs + 1):
         taken = dict.fromkeys(watched, 0.0)
-        inside: list[float] = []
-        with _stopwatch(watched, taken), native_calls(inside):
+        with _stopwatch(watched, taken), native_seconds() as inside:
             start = time.perf_counter()
             model(x)
             whole = time.perf_counter() - start

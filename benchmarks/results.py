@@ -106,24 +106,47 @@ def where() -> dict[str, Any]:
 
 
 @contextmanager
-def native_calls(seconds: list[float] | None = None) -> Iterator[list[Callable[[], object]]]:
-    """Convolutions that packed layers ask of the native core meanwhile, each to be repeated at will.
-
-    Args:
-        seconds: gets what each takes.
-    """
+def native_calls() -> Iterator[list[Callable[[], object]]]:
+    """Convolutions that packed layers ask of the native core meanwhile, each to be repeated at will."""
     calls: list[Callable[[], object]] = []
+    with _convolving_by(lambda prepared, channels: _Noting(prepared, channels, calls)):
+        yield calls
+
+
+@contextmanager
+def native_seconds() -> Iterator[list[float]]:
+    """What convolutions that packed layers ask of the native core meanwhile take, each."""
+    seconds: list[float] = []
+    with _convolving_by(lambda prepared, _: _Timed(prepared, seconds)):
+        yield seconds
+
+
+@contextmanager
+def _convolving_by(instead: Callable[[Any, int], Any]) -> Iterator[None]:
+    """Packed layers convolve by instead(their prepared convolution, its output channels)."""
     original = Constants.prepared
 
-    def prepared(self: Constants, activation_planes: int, in_channels: int) -> _Noting:
-        channels = self.weight_scales.shape[1]
-        return _Noting(original(self, activation_planes, in_channels), channels, calls, seconds)
+    def prepared(self: Constants, activation_planes: int, in_channels: int) -> Any:
+        return instead(original(self, activation_planes, in_channels), self.weight_scales.shape[1])
 
     Constants.prepared = prepared  # type: ignore[method-assign]
     try:
-        yield calls
+        yield
     finally:
         Constants.prepared = original  # type: ignore[method-assign]
+
+
+@dataclass
+class _Timed:
+    """A prepared convolution that says how long it takes, and does nothing else: it runs inside other times."""
+
+    prepared: Any
+    seconds: list[float]
+
+    def run_at(self, *arguments: Any) -> None:
+        start = time.perf_counter()
+        self.prepared.run_at(*arguments)
+        self.seconds.append(time.perf_counter() - start)
 
 
 @dataclass
@@ -133,7 +156,6 @@ class _Noting:
     prepared: Any
     out_channels: int
     calls: list[Callable[[], object]]
-    seconds: list[float] | None
 
     def run_at(
         self,
@@ -162,10 +184,7 @@ class _Noting:
             return own.numpy()
 
         self.calls.append(again)
-        start = time.perf_counter()
         self.prepared.run_at(x, shape, strides, scales, by_image, residual, out, out_size, threads)
-        if self.seconds is not None:
-            self.seconds.append(time.perf_counter() - start)
 
 
 def _copy(address: int, count: int) -> torch.Tensor:

@@ -77,16 +77,21 @@ struct Scratch {
 
 // [planes, out_channels, segments] to [planes, groups, blocks, segments, kLanes]; unused lanes are 0.
 void scales_by_block(const Conv& conv, const float* scales, float* out) {
-  const int64_t per_group = conv.out_channels / conv.groups;
+  const int64_t per_group = conv.out_channels / conv.groups, segments = conv.segments;
   for (int64_t plane = 0; plane < conv.weight_planes; ++plane)
     for (int64_t group = 0; group < conv.groups; ++group)
-      for (int64_t block = 0; block < conv.blocks; ++block)
-        for (int64_t segment = 0; segment < conv.segments; ++segment)
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            const int64_t channel = block * kLanes + lane;
-            const int64_t row = plane * conv.out_channels + group * per_group + channel;
-            *out++ = channel < per_group ? scales[row * conv.segments + segment] : 0.0f;
-          }
+      for (int64_t block = 0; block < conv.blocks; ++block) {
+        const int64_t channel = plane * conv.out_channels + group * per_group + block * kLanes;
+        const int64_t lanes = std::min<int64_t>(kLanes, per_group - block * kLanes);
+        const float* from = scales + channel * segments;
+        for (int64_t segment = 0; segment < segments; ++segment, out += kLanes) {
+          std::fill_n(out + lanes, kLanes - lanes, 0.0f);
+          if (segments == 1)  // nearly always, and then in one go: this is done for every call
+            std::copy_n(from, lanes, out);
+          else
+            for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = from[lane * segments + segment];
+        }
+      }
 }
 
 }  // namespace
