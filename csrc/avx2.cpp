@@ -6,6 +6,7 @@
 
 #include "avx2_lookup.h"
 #include "kernel_conv.h"
+#include "kernel_depthwise.h"
 #include "kernel_fold.h"
 #include "kernel_pack.h"
 
@@ -61,6 +62,21 @@ struct Avx2 {
       sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     return sum;
+  }
+  using Marks = __m256i;  // bytes
+  static constexpr int kMarks = 8;
+  static Marks no_marks() { return _mm256_setzero_si256(); }
+  static Marks count_marks(Marks m, uint32_t a, uint32_t w) {
+    const __m256i to_bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    const __m256i differ = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(a)),
+                                            _mm256_set1_epi32(static_cast<int>(w)));
+    const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(differ, to_bytes), own);
+    return _mm256_sub_epi8(m, _mm256_cmpeq_epi8(bits, own));
+  }
+  static Ints marks_of(const Marks& m, int half) {
+    const __m128i bytes = half ? _mm256_extracti128_si256(m, 1) : _mm256_castsi256_si128(m);
+    return {{_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))}};
   }
   // For avx2_lookup.h.
   static Ints from_uint16(const uint16_t* p) {
@@ -136,7 +152,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", kAvx2, pack_row<Avx2>, conv_by_lookup<Avx2>, kLookupPixels, kLookupBlocks,
+    "avx2", kAvx2, pack_row<Avx2>, conv_by_lookup<Avx2>, depthwise_piece<Avx2>, kLookupPixels, kLookupBlocks,
     row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -18,6 +18,7 @@ constexpr int kWordBits = 32;
 constexpr int kLanes = 16;     // output channels side by side in a block
 constexpr int kMaxPlanes = 8;  // of activations or of weights
 constexpr int kMaxThresholdPlanes = 4;  // that are folded by thresholds
+constexpr int kMaxDepthwiseTaps = 255;  // of a window, so that bytes can count them
 
 // Fold float values into planes, in one of two ways.
 //   By scales: bit = r < 0, then r -= bit ? -scale : scale, for one scale after another.
@@ -50,6 +51,7 @@ struct Conv {
   int64_t channels;  // of one segment
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   int weight_planes, activation_planes;
+  bool depthwise;  // as Depthwise::take leaves it, or false
 
   const uint32_t* activations;
   int64_t activation_plane;  // words from one plane to the next
@@ -80,6 +82,7 @@ struct Kernels {
   // Pixels [begin, end) of row y of an image.
   void (*pack)(const Pack&, int64_t image, int64_t y, int64_t begin, int64_t end);
   void (*conv)(const Conv&, const Piece&);
+  void (*depthwise)(const Conv&, const Piece&);  // its floats only
   int64_t piece_pixels;  // the most that a piece may have
   int64_t piece_blocks;  // that are computed together: a piece should have a multiple
   RowKernels<float> float_rows;
@@ -103,6 +106,17 @@ bool force_kernels(const char* name);  // false where this machine cannot run it
 // operations.cpp: whole tensors, shared among threads.
 void pack_activation(const Pack& pack, int threads);
 void conv_integers(const Conv& conv, int threads);
+
+// depthwise.cpp: a convolution of one channel a group and no more than kMaxDepthwiseTaps taps, whose channels share words as if there were one group:
+//   activations [planes, images, height, width, words], weights [planes, kernel_h, kernel_w, words]
+struct Depthwise {
+  std::vector<uint32_t> weights, flips;
+  std::vector<float> thresholds;
+
+  // Brings pack and conv into that form; they point here from then on.
+  void take(Pack& pack, Conv& conv);
+};
+bool is_depthwise(const Conv& conv);
 
 // Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
 // and `conv` the fields that point to scratch or to repacked scales are filled in here.

@@ -6,6 +6,8 @@
 //   Counts   kLanes partial counts  no_counts(); count(c, a, w): c plus the set bits of a xor w
 //   Ints     kLanes int32           no_ints(); widen(sum, c): sum plus the counts, of at most kRoom calls
 //                                   matches(k, c): k - 2 * c; store; to_float
+//   Marks    counts of 32 channels    no_marks(); count_marks(m, a, w): m plus the bits of a xor w, each where it
+//                                   belongs, of at most kMaxDepthwiseTaps calls; marks_of(m, half): Ints
 //   Floats   kLanes float           load, store, broadcast, add, mul
 //                                   leaky(x, slope): x < 0 ? slope * x : x
 //   packing                         negative(r): bit i set where r_i < 0; below(x, t): where x_i < t_i
@@ -13,6 +15,7 @@
 //                                   mark(w, r, bit): w | (r < 0 ? bit : 0)
 //                                   mark_lanes(w, lanes, bit): w | bit in the lanes whose bit is set
 //   kBlocks, kAccumulators          blocks a tile takes (1 or 2); Counts that stay in registers
+//   kMarks                          Marks that stay in registers
 //
 // Everything in these headers is in an unnamed namespace on purpose, and calls no inline function from
 // elsewhere, std:: included: a shared inline function compiled in the AVX-512 file could be the copy the

@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "kernel_conv.h"
+#include "kernel_depthwise.h"
 #include "kernel_fold.h"
 #include "kernel_pack.h"
 
@@ -70,6 +71,27 @@ struct Neon {
              vcvtq_f32_s32(v.part[3])}};
   }
 
+  struct Marks {
+    uint8x16_t half[2];
+  };
+  static constexpr int kMarks = 4;
+  static Marks no_marks() { return {{vdupq_n_u8(0), vdupq_n_u8(0)}}; }
+  static Marks count_marks(Marks m, uint32_t a, uint32_t w) {
+    const uint8x16_t own = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    const uint8x16_t differ = vreinterpretq_u8_u32(vdupq_n_u32(a ^ w));
+    for (int i = 0; i < 2; ++i) {
+      const uint8x16_t byte = vcombine_u8(vdup_n_u8(2 * i), vdup_n_u8(2 * i + 1));
+      m.half[i] = vsubq_u8(m.half[i], vtstq_u8(vqtbl1q_u8(differ, byte), own));
+    }
+    return m;
+  }
+  static Ints marks_of(const Marks& m, int half) {
+    const uint16x8_t low = vmovl_u8(vget_low_u8(m.half[half])), high = vmovl_u8(vget_high_u8(m.half[half]));
+    return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))), vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(low))),
+             vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))),
+             vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)))}};
+  }
+
   static Floats load(const float* p) {
     return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
   }
@@ -134,7 +156,7 @@ struct Neon {
 }  // namespace
 
 const Kernels neon_kernels = {
-    "neon", 0, pack_row<Neon>, conv_piece<Neon>, 64, Neon::kBlocks,
+    "neon", 0, pack_row<Neon>, conv_piece<Neon>, depthwise_piece<Neon>, 64, Neon::kBlocks,
     row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kPackValues = 8192;       // floats packed in one piece: a few microseconds
 constexpr int64_t kPiecesPerThread = 4;     // of a convolution, at least, where it is large enough
+constexpr int64_t kDepthwiseBlocks = 8;     // of a piece: half a kilobyte of a pixel's output
 constexpr int64_t kScratchWords = 1 << 18;  // 1 MiB of packed activations at a time, or one image
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -49,15 +50,17 @@ void run_conv(Conv conv, int threads) {
   const int64_t across = ceil_div(conv.out_width, width), down = ceil_div(conv.out_height, height);
   const int64_t strips = conv.images * down * across;
   // Of few pixels more blocks, but no less than a few pieces for each thread.
-  const int64_t all_blocks = conv.groups * conv.blocks, least = kernels.piece_blocks;
+  const int64_t all_blocks = conv.groups * conv.blocks;
+  const int64_t least = conv.depthwise ? kDepthwiseBlocks : kernels.piece_blocks;
   const int64_t most = std::max<int64_t>(1, all_blocks / least / (kPiecesPerThread * threads));
   const int64_t blocks = least * std::clamp<int64_t>(kernels.piece_pixels / (width * height), 1, most);
   // All images with some channels' weights, then with the next ones': of the two, packed images are small.
   parallel_for(ceil_div(all_blocks, blocks) * strips, threads, [&](int64_t task) {
     const int64_t block = task / strips * blocks;
     const int64_t strip = task % strips, x = strip % across * width, y = strip / across % down * height;
-    kernels.conv(conv, {strip / across / down, y, std::min(y + height, conv.out_height), x,
-                        std::min(x + width, conv.out_width), block, std::min(block + blocks, all_blocks)});
+    (conv.depthwise ? kernels.depthwise : kernels.conv)(
+        conv, {strip / across / down, y, std::min(y + height, conv.out_height), x,
+               std::min(x + width, conv.out_width), block, std::min(block + blocks, all_blocks)});
   });
 }
 

@@ -2,6 +2,7 @@
 // CPU has; bits are counted by adding neighbours, and the counts stay in bytes while they fit.
 
 #include "kernel_conv.h"
+#include "kernel_depthwise.h"
 #include "kernel_fold.h"
 #include "kernel_pack.h"
 
@@ -66,6 +67,21 @@ struct Portable {
     return f;
   }
 
+  struct Marks {
+    int32_t lane[2 * kLanes];
+  };
+  static constexpr int kMarks = 1;
+  static Marks no_marks() { return {}; }
+  static Marks count_marks(Marks m, uint32_t a, uint32_t w) {
+    for (int i = 0; i < 2 * kLanes; ++i) m.lane[i] += ((a ^ w) & 1u << i) != 0;
+    return m;
+  }
+  static Ints marks_of(const Marks& m, int half) {
+    Ints i;
+    memcpy(i.lane, m.lane + half * kLanes, sizeof i.lane);
+    return i;
+  }
+
   static Floats load(const float* p) {
     Floats f;
     memcpy(f.lane, p, sizeof f.lane);
@@ -117,7 +133,7 @@ struct Portable {
 }  // namespace
 
 const Kernels portable_kernels = {
-    "portable", 0, pack_row<Portable>, conv_piece<Portable>, 64, Portable::kBlocks,
+    "portable", 0, pack_row<Portable>, conv_piece<Portable>, depthwise_piece<Portable>, 64, Portable::kBlocks,
     row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -163,7 +163,9 @@ class PreparedConv {
     slopes_ = slopes ? dense<const float>("slopes", *slopes, "out channels", {out_channels}) : nullptr;
     for (const OptionalArray& array : {bias, thresholds, flips, slopes})
       if (array) held_.push_back(*array);
+    if (is_depthwise(conv_)) depthwise_.take(pack_, conv_);
   }
+  PreparedConv(const PreparedConv&) = delete;  // pack_ and conv_ may point into depthwise_
 
   int64_t out_channels() const { return conv_.out_channels; }
   int activation_planes() const { return pack_.planes; }
@@ -221,6 +223,7 @@ class PreparedConv {
   std::vector<Array> held_;
   Pack pack_{};
   Conv conv_{};
+  Depthwise depthwise_;
   const float* weight_scales_;
   const float* bias_;
   const float* slopes_;

@@ -2,6 +2,7 @@
 // machines without Python, under an emulator, and under sanitizers. Prints one line an instruction set; exits
 // with 1 at the first difference.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -67,9 +68,10 @@ struct Problem {
   std::vector<int32_t> integers;
 
   Problem() {
-    const int64_t groups = between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
-    const int64_t runs = groups * segments, run = between(1, 70), words = ceil_div(run, kWordBits);
-    const int64_t per_group = between(1, 90);
+    const bool depthwise = any() % 4 == 0;
+    const int64_t groups = depthwise ? between(2, 80) : between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
+    const int64_t runs = groups * segments, run = depthwise ? 1 : between(1, 70), words = ceil_div(run, kWordBits);
+    const int64_t per_group = depthwise ? 1 : between(1, 90);
     pack.images = between(1, 2);
     pack.channels = runs * run;
     pack.height = between(1, 7);
@@ -225,6 +227,14 @@ struct Problem {
     conv.out = out.data();
     conv_fused(pack, conv, weight_scales.data(), bias.data(), slopes.data(), threads);
     require(same(out, expected), isa, "a convolution");
+    if (!is_depthwise(conv)) return;
+    Depthwise own;
+    Pack own_pack = pack;
+    Conv own_conv = conv;
+    own.take(own_pack, own_conv);
+    std::fill(out.begin(), out.end(), 0.0f);
+    conv_fused(own_pack, own_conv, weight_scales.data(), bias.data(), slopes.data(), threads);
+    require(same(out, expected), isa, "a depthwise convolution");
   }
 };
 
