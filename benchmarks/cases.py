@@ -26,6 +26,7 @@ class Case:
     size: int
     kernel: int = 3
     stride: int = 1
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -43,6 +44,7 @@ class Case:
 
     def macs(self, *, padded_taps: bool = False) -> int:
         """Binary MACs, channels rounded up to whole words and blocks; of taps inside the image, or of all."""
+        assert self.groups == 1, "not counted"
         words, blocks = -(-self.in_channels // 32), -(-self.out_channels // 16)
         return self.taps(padded_taps) ** 2 * words * 32 * blocks * 16
 
@@ -60,7 +62,7 @@ class Layer:
     def __init__(self, case: Case, planes: int, layers: peers.Chain | None = None) -> None:
         self.case, self.planes = case, planes
         generator = torch.Generator().manual_seed(0)
-        shape = (case.out_channels, case.in_channels, case.kernel, case.kernel)
+        shape = (case.out_channels, case.in_channels // case.groups, case.kernel, case.kernel)
         if layers is None:
             x = torch.randn(1, case.in_channels, case.size, case.size, generator=generator)
             weight, bias = torch.randn(shape, generator=generator), torch.zeros(case.out_channels)
@@ -68,7 +70,14 @@ class Layer:
         else:
             x, weight, bias, scales = layers.x, layers.weights[0], layers.biases[0], layers.scales
         config = fb.QuantConfig("ls-1", f"ls-{planes}", activation_scales="static")
-        conv = torch.nn.Conv2d(*shape[1::-1], case.kernel, case.stride, case.kernel // 2)
+        conv = torch.nn.Conv2d(
+            case.in_channels,
+            case.out_channels,
+            case.kernel,
+            case.stride,
+            case.kernel // 2,
+            groups=case.groups,
+        )
         self.layer = PackedLayer.from_codes(
             LayerSpec.of(conv, config),
             (weight < 0)[None],
@@ -109,6 +118,7 @@ class Layer:
             native.pack_activation,
             self.x.numpy(),
             packed.input_scales.numpy(),
+            self.case.groups,
             thresholds=packed.thresholds.numpy(),
             flips=packed.flips.numpy().view(np.uint32),
         )
@@ -123,6 +133,6 @@ class Layer:
             stride=(self.case.stride,) * 2,
             padding=(pad, pad),
             out_size=(size, size),
-            in_channels_per_segment=self.case.in_channels,
+            in_channels_per_segment=self.case.in_channels // self.case.groups,
             out_channels=self.case.out_channels,
         )

@@ -273,6 +273,35 @@ class Benchmark:
         print("\nOther shapes: efficiency per word-padded MAC inside the image, relative to a 3×3 layer's")
         print(table(["layer", "relative to", "core, µs", "layer, µs", "core", "layer"], rows))
 
+    def depthwise(self) -> None:
+        """Depthwise layers against torch's in float."""
+        rows, found = [], {}
+        for channels, size in self.shapes[:3]:
+            layers = {p: Layer(Case(channels, channels, size, groups=channels), p) for p in (1, 2)}
+            ours = layers[1]
+            assert ours.layer.bias is not None
+            convolve = partial(torch.conv2d, bias=ours.layer.bias, padding=1, groups=channels)
+            weight = ours.layer.weight().contiguous(memory_format=torch.channels_last)
+            for planes, layer in layers.items():
+                folded = fb.quantize(layer.x, f"ls-{planes}", dim=None).values()
+                expected = torch.relu(convolve(folded, weight)) + layer.residual
+                check(f"foldbit depthwise W1A{planes}", layer.module()().numpy(), expected.numpy(), 1e-5)
+            candidates: dict[str, Callable[[], object]] = {
+                f"foldbit W1A{p}": layer.module() for p, layer in layers.items()
+            }
+            candidates["torch float32"] = lambda x=ours, f=convolve, w=weight: (
+                f(x.x, w).relu_().add_(x.residual)
+            )
+            times = self.time(candidates)
+            name = f"{size}×{size}×{channels}"
+            found[name] = times
+            for engine, t in times.items():
+                over = [f"{t.median / times[f'foldbit W1A{p}'].median:.2f}" for p in (1, 2)]
+                rows.append([name, engine, microseconds(t), *over])
+        self.results["depthwise"] = found
+        print("\nDepthwise 3×3 layers, scale, bias, residual and ReLU included")
+        print(table(["layer", "engine", "µs", "time over\nour W1A1", "time over\nour W1A2"], rows))
+
     def linear(self) -> None:
         """A linear layer against torch's dynamic int8."""
         width = 64 if self.quick else 4096
@@ -457,7 +486,7 @@ def main() -> None:
         draw(arguments.plot, bench.picture, (13, 5.5))
 
 
-TABLES = ("threads", "layers", "core", "other_shapes", "linear", "instruction_sets")
+TABLES = ("threads", "layers", "core", "other_shapes", "depthwise", "linear", "instruction_sets")
 
 if __name__ == "__main__":
     main()

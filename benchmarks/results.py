@@ -138,7 +138,7 @@ def _convolving_by(instead: Callable[[Any, int], Any]) -> Iterator[None]:
 
 @dataclass
 class _Timed:
-    """A prepared convolution that says how long it takes, and does nothing else: it runs inside other times."""
+    """A prepared convolution that says how long it takes, and no more: it runs inside other times."""
 
     prepared: Any
     seconds: list[float]

@@ -147,6 +147,19 @@ def test_counts_where_every_bit_differs(isa, channels):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [(3, 3), (15, 17), (16, 16)])
+def test_depthwise_windows_as_long_as_bytes_can_count_and_longer(isa, kernel):
+    """Every bit differs: 15 x 17 taps are 255."""
+    x = np.ones((1, 50, 18, 20), np.float32)
+    w = layout.disk_to_kernel(layout.pack_bits(np.ones((1, 50, *kernel, 1), bool)), 1, groups=50)
+    one = np.ones((1, 50, 1), np.float32), np.ones((1, 1), np.float32)
+    size = 19 - kernel[0], 21 - kernel[1]
+    with native.use(isa):
+        got = native.conv(x, w, *one, out_size=size)
+    np.testing.assert_array_equal(got, np.full((1, *size, 50), -kernel[0] * kernel[1], np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "shape", [(5, 200, 1, 1), (1, 200, 70, 1), (2, 200, 9, 9), (3, 8192, 1, 1), (9, 66_000, 1, 1)]
 )

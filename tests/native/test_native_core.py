@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE = [ROOT / "csrc" / f"{name}.cpp" for name in ("operations", "depthwise", "dispatch", "threads", "rows", "solve")]
+CORE = [
+    ROOT / "csrc" / f"{name}.cpp"
+    for name in ("operations", "depthwise", "dispatch", "threads", "rows", "solve")
+]
 COMMON = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}"]
 X86 = {"portable": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512vpopcntdq"]}
 
