@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test test-vision bench wheel clean setup data tools
 
 demo: setup data
-	@echo "== running the demo (about four minutes on two quiet cores)"
+	@echo "== running the demo (four minutes on two quiet cores, more on slower ones)"
 	$(BIN)/foldbit demo --folder runs/demo
 	@echo "== make demo: done"
 

@@ -9,6 +9,16 @@
 namespace foldbit {
 namespace {
 
+struct OwnBits {  // a table, for baseline CPUs cannot shift lanes by different amounts
+  uint32_t of[kWordBits];
+
+  constexpr OwnBits() : of() {
+    for (int i = 0; i < kWordBits; ++i) of[i] = 1u << i;
+  }
+};
+
+constexpr OwnBits kOwnBits;
+
 struct Portable {
   struct Words {
     uint32_t lane[kLanes];
@@ -73,7 +83,7 @@ struct Portable {
   static constexpr int kMarks = 1;
   static Marks no_marks() { return {}; }
   static Marks count_marks(Marks m, uint32_t a, uint32_t w) {
-    for (int i = 0; i < 2 * kLanes; ++i) m.lane[i] += ((a ^ w) & 1u << i) != 0;
+    for (int i = 0; i < 2 * kLanes; ++i) m.lane[i] += ((a ^ w) & kOwnBits.of[i]) != 0;
     return m;
   }
   static Ints marks_of(const Marks& m, int half) {
