@@ -37,6 +37,7 @@ struct Avx512 {
   static void store(int32_t* p, Ints i) { _mm512_storeu_si512(p, i); }
   static Floats to_float(Ints i) { return _mm512_cvtepi32_ps(i); }
 
+  static __m512i places() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   struct Marks {
     __m512i half[2];
   };
@@ -45,12 +46,12 @@ struct Avx512 {
   static Marks count_marks(Marks m, uint32_t a, uint32_t w) {
     const __m512i differ = _mm512_xor_si512(broadcast(a), broadcast(w));
     for (int i = 0; i < 2; ++i) {
-      const __mmask16 own = _mm512_test_epi32_mask(differ, _mm512_sllv_epi32(broadcast(1u << 16 * i), places()));
+      const __m512i bits = _mm512_sllv_epi32(broadcast(1u << 16 * i), places());
+      const __mmask16 own = _mm512_test_epi32_mask(differ, bits);
       m.half[i] = _mm512_mask_add_epi32(m.half[i], own, m.half[i], _mm512_set1_epi32(1));
     }
     return m;
   }
-  static __m512i places() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static Ints marks_of(const Marks& m, int half) { return m.half[half]; }
 
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -77,7 +78,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_piece<Avx512>, depthwise_piece<Avx512>, 64, Avx512::kBlocks,
-    row_kernels<float>(), row_kernels<double>()};
+    "avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_piece<Avx512>, depthwise_piece<Avx512>,
+    64, Avx512::kBlocks, row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

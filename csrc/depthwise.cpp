@@ -1,5 +1,5 @@
-// Depthwise convolutions, of one channel a group. In the layout of other convolutions each channel's bit would take a
-// word, and each group a block of 16 lanes with one in use; here the groups share words and blocks.
+// Depthwise convolutions, of one input and one output channel a group. In the layout of other convolutions each
+// channel's bit would take a word, and each group a block of 16 lanes with one in use; here the groups share both.
 
 #include "foldbit.h"
 

@@ -107,16 +107,22 @@ bool force_kernels(const char* name);  // false where this machine cannot run it
 void pack_activation(const Pack& pack, int threads);
 void conv_integers(const Conv& conv, int threads);
 
-// depthwise.cpp: a convolution of one channel a group and no more than kMaxDepthwiseTaps taps, whose channels share words as if there were one group:
-//   activations [planes, images, height, width, words], weights [planes, kernel_h, kernel_w, words]
+// Of so many threads, those for which a convolution of so many output pixels has enough work.
+int useful_threads(const Conv& conv, int64_t pixels, int threads);
+
+// depthwise.cpp: a convolution of one input and one output channel a group, and of no more than kMaxDepthwiseTaps
+// taps. Its groups can share words as if they were one:
+//   activations [planes, images, height, width, 1, words], words = channels / 32
+//   weights     [planes, kernel_h, kernel_w, words]
 struct Depthwise {
   std::vector<uint32_t> weights, flips;
   std::vector<float> thresholds;
 
-  // Brings pack and conv into that form; they point here from then on.
+  // Brings pack and conv into that form, in which groups is 1 and `channels`, of a sum, stays 1. They point here from
+  // then on.
   void take(Pack& pack, Conv& conv);
 };
-bool is_depthwise(const Conv& conv);
+bool is_depthwise(const Conv& conv);  // not yet in that form
 
 // Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
 // and `conv` the fields that point to scratch or to repacked scales are filled in here.

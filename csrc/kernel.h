@@ -1,4 +1,4 @@
-// What the algorithms share. They are written once, in kernel_conv.h and kernel_pack.h, over a small vector
+// What the algorithms share. They are written once, in the headers kernel_*.h, over a small vector
 // policy V; each instruction set's file supplies a V.
 //
 // V has kLanes lanes:

@@ -1,5 +1,6 @@
-// Depthwise convolution, of one channel a group. A word is 32 channels of a pixel; no two of its bits belong to one
-// sum, so instead of counting a word's bits each channel counts its own: two blocks of output channels a word.
+// Depthwise convolution, of one input and one output channel a group. A word is 32 channels of a pixel; no two of
+// its bits belong to one sum, so instead of counting a word's bits each channel counts its own: two blocks of output
+// channels a word.
 #pragma once
 
 #include "kernel_conv.h"
@@ -25,14 +26,17 @@ void depthwise_tile(const Walk& walk, const FloatOutput<V, A> (&outputs)[2], int
         marks[i / A][i % A] = V::count_marks(marks[i / A][i % A], a, weight);
       }
     }
+  const auto write = [&](int p, auto b) {
+    typename V::Ints differ[A];
+    FOLDBIT_UNROLL
+    for (int a = 0; a < A; ++a) differ[a] = V::marks_of(marks[p][a], b.value);
+    outputs[b.value].write(p, differ);
+  };
   FOLDBIT_UNROLL
-  for (int p = 0; p < P; ++p)
-    for (int b = 0; b < blocks; ++b) {
-      typename V::Ints differ[A];
-      FOLDBIT_UNROLL
-      for (int a = 0; a < A; ++a) differ[a] = V::marks_of(marks[p][a], b);
-      outputs[b].write(p, differ);
-    }
+  for (int p = 0; p < P; ++p) {
+    write(p, Constant<0>());
+    if (blocks > 1) write(p, Constant<1>());
+  }
 }
 
 // The function for a tile of `pixels` pixels, 1 <= pixels <= P.

@@ -9,20 +9,15 @@
 namespace foldbit {
 namespace {
 
-constexpr int64_t kPackValues = 8192;       // floats packed in one piece: a few microseconds
-constexpr int64_t kPackValuesPerThread = 1 << 15;  // at least: a thread that is woken for less comes too late
-constexpr int64_t kConvBitsPerThread = 1 << 23;    // the same, about ten microseconds with AVX2
-constexpr int64_t kOutputBits = 256;               // that take as long to multiply as writing one output does
-constexpr int64_t kPiecesPerThread = 4;     // of a convolution, at least, where it is large enough
-constexpr int64_t kDepthwiseBlocks = 8;     // of a piece: half a kilobyte of a pixel's output
-constexpr int64_t kScratchWords = 1 << 18;  // 1 MiB of packed activations at a time, or one image
+constexpr int64_t kPackValues = 8192;        // floats packed in one piece: a few microseconds
+constexpr int64_t kBitsPerThread = 1 << 23;  // about ten microseconds with AVX2: woken for less, a thread is late
+constexpr int64_t kOutputBits = 256;         // that take as long to multiply as writing one output does
+constexpr int64_t kDepthwiseBits = 10;       // that take as long as one of a depthwise convolution
+constexpr int64_t kPiecesPerThread = 4;      // of a convolution, at least, where it is large enough
+constexpr int64_t kDepthwiseBlocks = 8;      // of a piece: half a kilobyte of a pixel's output
+constexpr int64_t kScratchWords = 1 << 18;   // 1 MiB of packed activations at a time, or one image
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// As many of the threads as have enough to do.
-int busy(int threads, int64_t work, int64_t per_thread) {
-  return static_cast<int>(std::clamp<int64_t>(work / per_thread, 1, threads));
-}
 
 void run_pack(Pack pack, int threads) {
   if (pack.stride_y == pack.width * pack.stride_x) {  // an image is one long row
@@ -32,7 +27,6 @@ void run_pack(Pack pack, int threads) {
   const int64_t pixels = ceil_div(kPackValues / pack.channels + 1, kLanes) * kLanes;
   const Kernels& kernels = current_kernels();
   const int64_t pieces = ceil_div(pack.width, pixels);  // of a row
-  threads = busy(threads, pack.images * pack.height * pack.width * pack.channels, kPackValuesPerThread);
   parallel_for(pack.images * pack.height * pieces, threads, [&](int64_t task) {
     const int64_t row = task / pieces, begin = task % pieces * pixels;
     kernels.pack(pack, row / pack.height, row % pack.height, begin, std::min(begin + pixels, pack.width));
@@ -59,10 +53,6 @@ void run_conv(Conv conv, int threads) {
   const int64_t across = ceil_div(conv.out_width, width), down = ceil_div(conv.out_height, height);
   const int64_t strips = conv.images * down * across;
   // Of few pixels more blocks, but no less than a few pieces for each thread.
-  const int64_t outputs = conv.images * conv.out_height * conv.out_width * conv.out_channels;
-  const int64_t products = conv.weight_planes * conv.activation_planes * conv.kernel_h * conv.kernel_w *
-                           conv.segments * conv.channels;
-  threads = busy(threads, outputs * (products + kOutputBits), kConvBitsPerThread);
   const int64_t all_blocks = conv.groups * conv.blocks;
   const int64_t least = conv.depthwise ? kDepthwiseBlocks : kernels.piece_blocks;
   const int64_t most = std::max<int64_t>(1, all_blocks / least / (kPiecesPerThread * threads));
@@ -115,6 +105,15 @@ void scales_by_block(const Conv& conv, const float* scales, float* out) {
 void pack_activation(const Pack& pack, int threads) { run_pack(pack, threads); }
 
 void conv_integers(const Conv& conv, int threads) { run_conv(conv, threads); }
+
+int useful_threads(const Conv& conv, int64_t pixels, int threads) {
+  const int64_t outputs = pixels * conv.groups * conv.blocks * kLanes;
+  const int64_t tap = conv.depthwise ? kDepthwiseBits : conv.segments * conv.words * kWordBits;
+  const int64_t products = conv.activation_planes * conv.kernel_h * conv.kernel_w * tap;
+  const int64_t passes = ceil_div(conv.activation_planes, 2) * conv.segments;
+  const int64_t bits = outputs * conv.weight_planes * (products + passes * kOutputBits);
+  return static_cast<int>(std::clamp<int64_t>(bits / kBitsPerThread, 1, threads));
+}
 
 void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
                 const float* slopes, int threads) {

@@ -139,7 +139,8 @@ nb::object conv_integers_py(const Array& a, const Array& w, Pair stride, Pair pa
 }
 
 // A convolution whose constants are checked once, for layers that run it again and again: small ones would
-// otherwise spend their time on looking at arrays. Holds the arrays, so that their memory stays.
+// otherwise spend their time on looking at arrays. Holds the arrays, so that their memory stays; of a depthwise one's
+// words and thresholds it uses a copy.
 class PreparedConv {
  public:
   PreparedConv(const Array& w, const Array& weight_scales, const OptionalArray& bias, Pair stride,
@@ -166,6 +167,7 @@ class PreparedConv {
     if (is_depthwise(conv_)) depthwise_.take(pack_, conv_);
   }
   PreparedConv(const PreparedConv&) = delete;  // pack_ and conv_ may point into depthwise_
+  PreparedConv& operator=(const PreparedConv&) = delete;
 
   int64_t out_channels() const { return conv_.out_channels; }
   int activation_planes() const { return pack_.planes; }
@@ -210,10 +212,13 @@ class PreparedConv {
     conv_fused(pack, conv, weight_scales_, bias_, slopes_, threads);
   }
 
-  // The same for memory that the caller vouches for: addresses of float32, dense but for x.
+  // The same for memory that the caller vouches for, addresses of float32, dense but for x; and with no more threads
+  // than have enough to do.
   void run_at(uintptr_t x, const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides,
               uintptr_t scales, bool scales_by_image, uintptr_t residual, uintptr_t out, Pair out_size,
               int threads) const {
+    require(threads >= 1, "threads must be at least 1, got ", threads);
+    threads = useful_threads(conv_, shape[0] * out_size.first * out_size.second, threads);
     run({reinterpret_cast<const float*>(x), shape, strides, reinterpret_cast<const float*>(scales),
          scales_by_image, reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), out_size},
         threads);

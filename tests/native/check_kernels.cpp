@@ -66,9 +66,9 @@ struct Problem {
   std::vector<float> x, scales, thresholds, weight_scales, bias, slopes, residual;
   std::vector<uint32_t> flips, weights, packed;
   std::vector<int32_t> integers;
+  const bool depthwise = any() % 4 == 0;
 
   Problem() {
-    const bool depthwise = any() % 4 == 0;
     const int64_t groups = depthwise ? between(2, 80) : between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
     const int64_t runs = groups * segments, run = depthwise ? 1 : between(1, 70), words = ceil_div(run, kWordBits);
     const int64_t per_group = depthwise ? 1 : between(1, 90);
@@ -227,7 +227,8 @@ struct Problem {
     conv.out = out.data();
     conv_fused(pack, conv, weight_scales.data(), bias.data(), slopes.data(), threads);
     require(same(out, expected), isa, "a convolution");
-    if (!is_depthwise(conv)) return;
+    if (!depthwise) return;
+    require(is_depthwise(conv), isa, "what is depthwise");
     Depthwise own;
     Pack own_pack = pack;
     Conv own_conv = conv;

@@ -169,9 +169,9 @@ def problems(draw, config_strategy=configs):
         middle = draw(st.sampled_from([(), (4,), (2, 3), (1, 1), (0,)])) if lead else ()
         shape = (*lead, *middle, channels)
     else:
-        groups, each = draw(st.sampled_from([(1, 1), (1, 5), (1, 17), (2, 3), (7, 1), (33, 2)]))
+        groups, each = draw(st.sampled_from([(1, 1), (1, 5), (1, 17), (2, 3), (7, 1), (33, 2), (33, 1)]))
         if groups == 33:
-            channels = 1  # depthwise
+            channels = 1  # depthwise, with more outputs and without
         elif groups > 1:
             channels = min(channels, 33)
         arguments, sizes = draw(geometries(2 if kind is nn.Conv2d else 1))

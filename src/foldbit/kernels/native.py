@@ -174,10 +174,11 @@ def prepare_conv(
 ) -> Any:
     """The compiled core's :func:`conv` with all that stays the same from call to call, checked once.
 
-    The arrays are used as they lie, dense, and kept. The result's ``run_at(x, shape, strides, scales,
-    scales_by_image, residual, out, out_size, threads)`` takes addresses of float32 memory, for which the
-    caller vouches: x ``[N, C, H, W]`` with strides in floats; scales ``[planes]``, or ``[N, planes]`` by
-    image; residual (or 0) and out dense ``[N, OH, OW, out]``.
+    The arrays are used as they lie, dense, and kept; but the words, thresholds and flips of a depthwise one
+    are copied. The result's ``run_at(x, shape, strides, scales, scales_by_image, residual, out, out_size,
+    threads)`` takes addresses of float32 memory, for which the caller vouches: x ``[N, C, H, W]``, strides
+    in floats; scales ``[planes]``, or ``[N, planes]`` by image; residual (or 0) and out dense ``[N, OH, OW,
+    out]``. It uses no more of the threads than have enough to do.
     """
     if _native is None:
         raise KernelUnavailable(_why_missing())
