@@ -110,6 +110,12 @@ void conv_integers(const Conv& conv, int threads);
 // Of so many threads, those for which a convolution of so many output pixels has enough work.
 int useful_threads(const Conv& conv, int64_t pixels, int threads);
 
+// Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
+// and `conv` the fields that point to scratch or to repacked scales are filled in here.
+//   weight_scales [weight_planes, out_channels, segments];  bias, slopes [out_channels] or null
+void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
+                const float* slopes, int threads);
+
 // depthwise.cpp: a convolution of one input and one output channel a group, and of no more than kMaxDepthwiseTaps
 // taps. Its groups can share words as if they were one:
 //   activations [planes, images, height, width, 1, words], words = channels / 32
@@ -123,11 +129,5 @@ struct Depthwise {
   void take(Pack& pack, Conv& conv);
 };
 bool is_depthwise(const Conv& conv);  // not yet in that form
-
-// Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
-// and `conv` the fields that point to scratch or to repacked scales are filled in here.
-//   weight_scales [weight_planes, out_channels, segments];  bias, slopes [out_channels] or null
-void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
-                const float* slopes, int threads);
 
 }  // namespace foldbit

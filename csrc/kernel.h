@@ -6,7 +6,7 @@
 //   Counts   kLanes partial counts  no_counts(); count(c, a, w): c plus the set bits of a xor w
 //   Ints     kLanes int32           no_ints(); widen(sum, c): sum plus the counts, of at most kRoom calls
 //                                   matches(k, c): k - 2 * c; store; to_float
-//   Marks    counts of 32 channels    no_marks(); count_marks(m, a, w): m plus the bits of a xor w, each where it
+//   Marks    32 counts, of channels no_marks(); count_marks(m, a, w): m plus the bits of a xor w, each where it
 //                                   belongs, of at most kMaxDepthwiseTaps calls; marks_of(m, half): Ints
 //   Floats   kLanes float           load, store, broadcast, add, mul
 //                                   leaky(x, slope): x < 0 ? slope * x : x

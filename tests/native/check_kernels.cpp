@@ -239,6 +239,27 @@ struct Problem {
   }
 };
 
+// Of a 3x3 convolution, or a depthwise one, of so many channels and pixels.
+int useful_of(int threads, int64_t channels, int64_t pixels, bool depthwise) {
+  Conv conv{};
+  conv.groups = conv.segments = 1;
+  conv.blocks = ceil_div(channels, kLanes);
+  conv.words = ceil_div(channels, kWordBits);
+  conv.kernel_h = conv.kernel_w = 3;
+  conv.weight_planes = conv.activation_planes = 1;
+  conv.depthwise = depthwise;
+  return useful_threads(conv, pixels, threads);
+}
+
+void check_useful_threads() {
+  for (const bool depthwise : {false, true}) {
+    require(useful_of(5, 64, 56 * 56, depthwise) == 5, "any", "the number of threads of a large layer");
+    require(useful_of(5, 32, 7 * 7, depthwise) == 1, "any", "the number of threads of a small layer");
+    require(useful_of(5, 32, 0, depthwise) == 1, "any", "the number of threads of no pixels");
+  }
+  require(useful_of(5, 64, 28 * 28, true) < useful_of(5, 64, 28 * 28, false), "any", "how dear depthwise is");
+}
+
 void check_solver(const char* isa, int threads) {
   const int64_t rows = between(1, 5), n = between(1, 400);
   std::vector<double> x(rows * n), scales(2 * rows), excess(rows);
@@ -276,6 +297,7 @@ void check_solver(const char* isa, int threads) {
 
 int main(int argc, char** argv) {
   const int problems = argc > 1 ? std::atoi(argv[1]) : 200;
+  check_useful_threads();
   for (const Kernels* kernels : runnable_kernels()) {
     force_kernels(kernels->name);
     state = 1;
