@@ -38,10 +38,13 @@
 
 #if defined(__GNUC__)
 #define FOLDBIT_NOINLINE __attribute__((noinline))
+#define FOLDBIT_INLINE __attribute__((always_inline)) inline
 #elif defined(_MSC_VER)
 #define FOLDBIT_NOINLINE __declspec(noinline)
+#define FOLDBIT_INLINE __forceinline
 #else
 #define FOLDBIT_NOINLINE
+#define FOLDBIT_INLINE inline
 #endif
 
 namespace foldbit {

@@ -132,7 +132,7 @@ struct IntegerOutput {
     out = conv.integers + planes * plane + at.segment * (plane / conv.segments) + at.pixel * pixel + at.channel +
           block * kLanes;
   }
-  void write(int64_t p, const typename V::Ints (&differ)[A]) const {
+  FOLDBIT_INLINE void write(int64_t p, const typename V::Ints (&differ)[A]) const {
     FOLDBIT_UNROLL
     for (int a = 0; a < A; ++a)
       store_some<V>(out + a * plane + p * pixel, V::matches(positions, differ[a]), lanes);
@@ -167,7 +167,7 @@ struct FloatOutput {
     slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
     residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
   }
-  void write(int64_t p, const typename V::Ints (&differ)[A]) const {
+  FOLDBIT_INLINE void write(int64_t p, const typename V::Ints (&differ)[A]) const {
     auto sum = first ? bias : load_some<V>(out + p * pixel, lanes);
     FOLDBIT_UNROLL
     for (int a = 0; a < A; ++a) {
