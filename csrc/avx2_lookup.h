@@ -24,7 +24,7 @@ namespace {
 constexpr int kLookupWords = 84;    // of 32 channels, at a time: their nibbles fit the nearest cache
 constexpr int kLookupBlocks = 8;    // of channels: enough that loading a table is worth it
 constexpr int kLookupPixels = 128;  // of a piece: enough that bringing weights into form is
-constexpr int kFewestLookups = 8;   // pixels of a piece, below which it is not
+constexpr int kFewestLookups = 8;   // activations of a piece, below which it is not
 constexpr int kNibbles = 8;         // of a word
 constexpr int kStep = 3;            // nibbles whose differences fit half a byte
 constexpr int kMostNibbles = 63;    // whose differences fit a byte
@@ -353,7 +353,7 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
 template <class P>
 void conv_by_lookup(const Conv& conv, const Piece& piece) {
   const int64_t pixels = (piece.y_end - piece.y_begin) * (piece.x_end - piece.x_begin);
-  if (pixels < kFewestLookups || conv.kernel_h * conv.kernel_w * conv.channels > UINT16_MAX)
+  if (pixels * conv.activation_planes < kFewestLookups || conv.kernel_h * conv.kernel_w * conv.channels > UINT16_MAX)
     return conv_piece<P>(conv, piece);
   const Axes axes(conv);
   for_blocks(conv, piece, kLookupBlocks, [&](int64_t blocks, const Place& first) {
