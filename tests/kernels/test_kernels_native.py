@@ -53,7 +53,7 @@ def problems(draw):
         groups, segments, run = draw(st.sampled_from([2, 15, 16, 17, 32, 33, 70])), 1, 1
     images, height, width = draw(st.integers(0, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    out = groups * (1 if depthwise else draw(st.sampled_from([1, 3, 16, 17, 32, 40, 64, 90])))
+    out = groups * (1 if depthwise else draw(st.sampled_from([1, 3, 16, 17, 32, 40, 64, 90, 128, 150])))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     x = rng.standard_normal((images, groups * segments * run, height, width), dtype=np.float32)
@@ -131,19 +131,23 @@ def test_thresholds_slopes_and_residuals_too(problem, data, threads):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("channels", [64, 480, 1000])
-def test_counts_where_every_bit_differs(isa, channels):
-    """The most that partial counts in narrow integers have to hold."""
-    a = np.zeros((2, 1, 12, 12, 1, -(-channels // 32)), np.uint32)
-    disk = layout.pack_bits(np.ones((1, 80, 3, 3, channels), bool))
+@pytest.mark.parametrize("channels, out", [(64, 40), (480, 80), (1000, 128), (1000, 150)])
+def test_counts_where_every_bit_differs(isa, channels, out):
+    """The most that partial counts in narrow integers have to hold, beside planes where no bit differs, and half."""
+    a = np.zeros((4, 1, 12, 12, 1, -(-channels // 32)), np.uint32)
+    a[1:3] = layout.bits_to_words(np.ones((2, 1, 12, 12, 1, channels), bool))
+    a[3] = layout.bits_to_words(np.broadcast_to(np.arange(channels) % 2 == 0, (1, 12, 12, 1, channels)))
+    disk = layout.pack_bits(np.ones((1, out, 3, 3, channels), bool))
     w = layout.disk_to_kernel(disk, channels)
     inside = np.minimum(3, 2 + np.minimum(np.arange(12), np.arange(12)[::-1]))
-    expected = -channels * np.outer(inside, inside)
+    taps = np.outer(inside, inside)[:, :, None]
     with native.use(isa):
         got = native.conv_integers(
-            a, w, padding=(1, 1), out_size=(12, 12), in_channels_per_segment=channels, out_channels=80
+            a, w, padding=(1, 1), out_size=(12, 12), in_channels_per_segment=channels, out_channels=out
         )
-    np.testing.assert_array_equal(got, np.broadcast_to(expected[:, :, None], got.shape))
+    for plane, each in enumerate((-1, 1, 1, 0)):
+        plane_got = got.reshape(4, 12, 12, out)[plane]
+        np.testing.assert_array_equal(plane_got, np.broadcast_to(each * channels * taps, plane_got.shape))
 
 
 @pytest.mark.parametrize("isa", ISAS)
