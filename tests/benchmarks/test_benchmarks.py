@@ -78,8 +78,8 @@ def test_a_layer_of_foldbit_is_a_chain_of_one(planes):
 
 
 def test_native_calls_are_noted_and_can_be_repeated():
-    kernels, results = module("kernels"), module("results")
-    layer = kernels.Layer(kernels.Case(20, 20, 5), 2)
+    cases, results = module("cases"), module("results")
+    layer = cases.Layer(cases.Case(20, 20, 5), 2)
     with results.native_calls() as calls, torch.no_grad():
         expected = layer.module()()
     assert len(calls) == 1

@@ -133,7 +133,7 @@ def test_thresholds_slopes_and_residuals_too(problem, data, threads):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("channels, out", [(64, 40), (480, 80), (1000, 128), (1000, 150)])
 def test_counts_where_every_bit_differs(isa, channels, out):
-    """The most that partial counts in narrow integers have to hold, beside planes where no bit differs, and half."""
+    """The most that partial counts in narrow integers have to hold, beside planes where none or half do."""
     a = np.zeros((4, 1, 12, 12, 1, -(-channels // 32)), np.uint32)
     a[1:3] = layout.bits_to_words(np.ones((2, 1, 12, 12, 1, channels), bool))
     a[3] = layout.bits_to_words(np.broadcast_to(np.arange(channels) % 2 == 0, (1, 12, 12, 1, channels)))
