@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import foldbit as fb
-from foldbit import convert
+from foldbit import storage
 from foldbit.summary import likely_input_size, try_input
 
 SIZE = (2, 4, 9, 9)
@@ -366,6 +366,6 @@ def test_outputs_that_are_no_tensors_are_passed_over():
     model = nn.Sequential(nn.LSTM(4, 3))
     found = fb.summary(model, (5, 2, 4))
     assert found.layers[0].output_shape == ()
-    assert found.memory == convert.packed_size(model) - 8 - int.from_bytes(
-        convert.files.serialize(model)[:8], "little"
+    assert found.memory == storage.packed_size(model) - 8 - int.from_bytes(
+        storage.files.serialize(model)[:8], "little"
     )

@@ -6,10 +6,8 @@ from foldbit.calibrate import LayerCalibration as LayerCalibration
 from foldbit.calibrate import calibrate as calibrate
 from foldbit.convert import ConversionReport as ConversionReport
 from foldbit.convert import conversion_report as conversion_report
-from foldbit.convert import load_packed as load_packed
 from foldbit.convert import pack_ as pack_
 from foldbit.convert import quantize_ as quantize_
-from foldbit.convert import save_packed as save_packed
 from foldbit.core.config import QuantConfig as QuantConfig
 from foldbit.core.encoding import encode as encode
 from foldbit.core.folding import Quantized as Quantized
@@ -31,6 +29,8 @@ from foldbit.packed.files import UnsupportedVersion as UnsupportedVersion
 from foldbit.packed.layers import PackedConv1d as PackedConv1d
 from foldbit.packed.layers import PackedConv2d as PackedConv2d
 from foldbit.packed.layers import PackedLinear as PackedLinear
+from foldbit.storage import load_packed as load_packed
+from foldbit.storage import save_packed as save_packed
 from foldbit.summary import summary as summary
 
 __version__ = "0.1.0"

@@ -104,7 +104,7 @@ def pack(
         calibration_images: how many images to calibrate on.
         data: a folder with the run's data set, where it is not found by itself.
     """
-    from foldbit import convert
+    from foldbit import convert, storage
     from foldbit.calibrate import has_dynamic_scales
     from foldbit.tables import nbytes
     from foldbit.training import evaluate as evaluation
@@ -123,8 +123,8 @@ def pack(
         print("calibrating static activation scales on training images (--calibrate false does not)")
         images = evaluation.load_data(recipe, data)
         print(evaluation.calibrate(model, recipe, calibration_images, images=images))
-    size = convert.packed_size(model)
-    convert.save_packed(convert.pack_(model), path)
+    size = storage.packed_size(model)
+    storage.save_packed(convert.pack_(model), path)
     print(f"packed {run} into {path}: {nbytes(size)}")
 
 
@@ -348,7 +348,7 @@ def _input_size(model: Any, given: list[int] | str | None) -> tuple[int, ...]:
 
 def _load(what: str, trained: bool = False) -> tuple[Any, Any]:
     """A network by run folder, packed file or, untrained, model name, and its recipe where it has one."""
-    from foldbit import convert, models
+    from foldbit import models, storage
 
     path = Path(what)
     if path.is_dir():
@@ -356,7 +356,7 @@ def _load(what: str, trained: bool = False) -> tuple[Any, Any]:
 
         return runs.load_run(path)
     if path.is_file():
-        return convert.load_packed(path), None
+        return storage.load_packed(path), None
     if what in models.names():
         if trained:
             raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from foldbit import convert, timing
+from foldbit import convert, storage, timing
 from foldbit.analysis import error, report
 from foldbit.core.config import QuantConfig
 from foldbit.packed import files
@@ -133,12 +133,12 @@ def _measure(
     guesses = evaluate.predictions(network, images.test, normalize)
     correct = (guesses == images.test.labels).double().mean().item()
     if name == "float":
-        size = convert.packed_size(network)
+        size = storage.packed_size(network)
         return Result(correct, 1.0, size, 1.0, 32.0, {}, {}, {}), guesses
     packed = convert.pack_(copy.deepcopy(network))
     path = folder / f"{name}.safetensors"
-    convert.save_packed(packed, path)
-    packed = convert.load_packed(path)  # what is measured from here on is what the file holds
+    storage.save_packed(packed, path)
+    packed = storage.load_packed(path)  # what is measured from here on is what the file holds
     packed_guesses = evaluate.predictions(packed, images.test, normalize)
     x, _ = next(iter(batches(images.test, _BATCH, shuffle=False, normalize=normalize)))
     against_float, against_unpacked, not_bitwise, steady = {}, {}, {}, True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from foldbit import convert
+from foldbit import convert, storage
 from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLinear
 from foldbit.packed.layers import PackedLayer
 from foldbit.packed.spec import LayerSpec
@@ -184,7 +184,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | Tensor) -> Summary:
         for name, module in model.named_modules()
         if isinstance(module, QuantConv2d | QuantConv1d | QuantLinear) and module.config.why_not_packed
     }
-    return Summary(rows, convert.packed_size(model), left_float, not_packable)
+    return Summary(rows, storage.packed_size(model), left_float, not_packable)
 
 
 def likely_input_size(model: nn.Module) -> tuple[int, ...]:

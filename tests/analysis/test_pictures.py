@@ -7,7 +7,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
-from foldbit.analysis import pages, pictures, sources, study
+from foldbit.analysis import error_pictures, looks, pages, sources, study, value_pictures
 from foldbit.analysis.pages import Layer, Study
 from foldbit.core import schemes
 
@@ -94,24 +94,24 @@ def test_no_words_overlap_and_all_axes_are_named(which):
 
 
 def test_layers_are_all_there_and_long_lists_are_split():
-    many = [pictures.Row(f"l{i}", {"ls-2": study.Fit(0.1, 18.0)}) for i in range(200)]
-    figures = pictures.layers("title", many)
+    many = [looks.Row(f"l{i}", {"ls-2": study.Fit(0.1, 18.0)}) for i in range(200)]
+    figures = error_pictures.layers("title", many)
     assert len(figures) == 3
     labels = [label.get_text() for f in figures for label in f.axes[0].get_yticklabels()]
     assert labels == [row.name for row in many]
 
 
 def test_schemes_differ_by_colour_and_marker():
-    looks = [pictures._look(name) for name in schemes.names()[1:]]
-    assert len({colour for colour, _ in looks}) == len(looks)
-    few = [pictures._look(name) for name in [*NAMES, "gf-3", "gf-4"]]
+    all_looks = [looks.look(name) for name in schemes.names()[1:]]
+    assert len({colour for colour, _ in all_looks}) == len(all_looks)
+    few = [looks.look(name) for name in [*NAMES, "gf-3", "gf-4"]]
     assert len({marker for _, marker in few}) == len(few)
     for name in schemes.names()[1:]:
-        assert pictures.plain_name(name).endswith(f"({name})")
+        assert looks.plain_name(name).endswith(f"({name})")
 
 
 def test_what_nothing_beats():
-    assert pictures._front([(2, 0.1), (1, 0.4), (2, 0.3), (3, 0.1), (3, 0.05)]) == [
+    assert error_pictures._front([(2, 0.1), (1, 0.4), (2, 0.3), (3, 0.1), (3, 0.05)]) == [
         (1, 0.4),
         (2, 0.1),
         (3, 0.05),
@@ -120,4 +120,4 @@ def test_what_nothing_beats():
 
 def test_coinciding_levels_are_one():
     zero = (0.0, 0.0, 0.0)
-    assert pictures._distinct([(-1.0, -1.0, -1.0), zero, zero, (1.0, 1.0, 1.0)])[1:2] == [zero]
+    assert value_pictures._distinct([(-1.0, -1.0, -1.0), zero, zero, (1.0, 1.0, 1.0)])[1:2] == [zero]

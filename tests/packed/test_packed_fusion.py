@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import foldbit as fb
-from foldbit import convert
+from foldbit import storage
 from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.fusion import unfuse_
 from foldbit.packed.layers import PackedLayer
@@ -292,7 +292,7 @@ def test_float_convolutions_take_the_batch_norm_behind_them(bias, tmp_path):
         assert torch.equal(other(x), y)
         assert torch.equal(other.double()(x.double()).float(), fused.double()(x.double()).float())
         fused.float()
-    assert convert.packed_size(fused) == convert.packed_size(plain)
+    assert storage.packed_size(fused) == storage.packed_size(plain)
     fb.save_packed(fused, tmp_path / "model.safetensors")
     assert torch.equal(fb.load_packed(tmp_path / "model.safetensors", model)(x), y)
     unfuse_(fused)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from foldbit.analysis import pictures, report
-from foldbit.analysis.pictures import Row
+from foldbit.analysis import error_pictures, looks, report, value_pictures
+from foldbit.analysis.looks import Row
 from foldbit.analysis.study import Fit, Histogram, Point
 from foldbit.core import schemes
 
@@ -108,7 +108,7 @@ def lead(studies: Sequence[Study]) -> str:
     first = studies[0]
     overall = means(first.weights, "all")["all"]
     what = "is lost" if first.one_scale_set else "is lost, in the mean over its layers' weights"
-    words = [f"{fit.error:.1%} by {pictures.plain_name(name)}" for name, fit in overall.items()]
+    words = [f"{fit.error:.1%} by {looks.plain_name(name)}" for name, fit in overall.items()]
     return (
         "Quantization replaces a tensor x by an approximation x̂ of a few levels. The less of x's squared "
         f"length is lost, the better. Of {first.name} {what}: {'; '.join(words)}."
@@ -126,7 +126,7 @@ def _comparison(studies: Sequence[Study]) -> report.Section:
         "All of them, side by side",
         [
             report.Picture(
-                pictures.groups("What each scheme loses", fits),
+                error_pictures.groups("What each scheme loses", fits),
                 "Shorter is better. Of a network, the mean over its layers' weights.",
             )
         ],
@@ -147,7 +147,7 @@ def _weights(study: Study) -> list[Part]:
     )
     parts.append(
         report.Picture(
-            pictures.levels(
+            value_pictures.levels(
                 f"Where {values} lie and where levels go: {study.name}{where}", shown.histogram, shown.fits
             ),
             "Above, grey: how often a value occurs; lines: the levels that values are rounded to. Below: the "
@@ -158,7 +158,9 @@ def _weights(study: Study) -> list[Part]:
     if len(layers) > 1:
         parts.append(
             report.Picture(
-                pictures.groups(f"What each scheme loses of the {values}: {study.name}", _grouped(layers)),
+                error_pictures.groups(
+                    f"What each scheme loses of the {values}: {study.name}", _grouped(layers)
+                ),
                 "Shorter is better: the mean over layers of each kind.",
             )
         )
@@ -184,7 +186,7 @@ def _activations(study: Study) -> list[Part]:
             + (f" Schemes for weights only are left out: {', '.join(only_weights)}." if only_weights else "")
         ),
         report.Picture(
-            pictures.levels(
+            value_pictures.levels(
                 f"Where activations lie and where levels go: {study.name}, input of {shown.name}",
                 shown.histogram,
                 shown.fits,
@@ -193,7 +195,9 @@ def _activations(study: Study) -> list[Part]:
             "80% of them.",
         ),
         report.Picture(
-            pictures.groups(f"What each scheme loses of the activations: {study.name}", _grouped(layers)),
+            error_pictures.groups(
+                f"What each scheme loses of the activations: {study.name}", _grouped(layers)
+            ),
             "Shorter is better: the mean over layers of each kind.",
         ),
         *_layer_by_layer(layers, "activations", study.name),
@@ -209,7 +213,7 @@ def _layer_by_layer(layers: Sequence[Layer], what: str, name: str) -> list[Part]
             "Further left is better. A line a layer, from the network's input at the top to its output; a "
             "mark a scheme.",
         )
-        for figure in pictures.layers(f"Layer by layer, {what}: {name}", rows)
+        for figure in error_pictures.layers(f"Layer by layer, {what}: {name}", rows)
     ]
     for bits in range(2, schemes.MAX_PLANES + 1):
         greedy, best = f"gf-{bits}", f"ls-{bits}"
@@ -222,14 +226,14 @@ def _layer_by_layer(layers: Sequence[Layer], what: str, name: str) -> list[Part]
                 f"The line at 0 is {optimum} for {bits} bits. A bar says how much more squared error the "
                 "greedy scales leave, which spend the same bits and the same operations.",
             )
-            for figure in pictures.excess(
+            for figure in error_pictures.excess(
                 f"What greedy scales lose on top of {optimum}, {what}: {name}", rows, greedy, best
             )
         ]
     chosen = _spread(layers, 6)
     parts.append(
         report.Picture(
-            pictures.histograms(
+            value_pictures.histograms(
                 f"Values and levels, {what}: {name}",
                 [(_row(layer), layer.histogram) for layer in chosen],
             ),
@@ -256,7 +260,9 @@ def _pareto(study: Study, points: Sequence[Point]) -> Part:
         )
     if len(study.weights) > 1:
         caption += " All are means over the weights, so that large layers count for more."
-    return report.Picture(pictures.pareto(f"A second bit, or more scales? {study.name}", points), caption)
+    return report.Picture(
+        error_pictures.pareto(f"A second bit, or more scales? {study.name}", points), caption
+    )
 
 
 def _table(layers: Sequence[Layer], one_scale_set: bool, what: str) -> report.Table:
@@ -293,7 +299,7 @@ def _glossary(studies: Sequence[Study]) -> list[Part]:
         ),
         report.Table(
             ["scheme", "in words", "bits a value"],
-            [[n, pictures.plain_name(n).rpartition(" (")[0], schemes.parse(n).planes] for n in names],
+            [[n, looks.plain_name(n).rpartition(" (")[0], schemes.parse(n).planes] for n in names],
             "Scales (32 bits each) come on top: one set for each output channel of a weight, or sample of an "
             "activation.",
         ),
