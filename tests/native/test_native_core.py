@@ -75,7 +75,7 @@ def test_sanitizers_find_nothing(sanitizers, tmp_path):
     compiler = need("g++", "g++")
     machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     x86 = machine.startswith("x86_64")
-    options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    options = ["-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     kernels = X86 if x86 else {"portable": []}
     if x86:
         options += ["-DFOLDBIT_X86", "-Wno-maybe-uninitialized"]  # which GCC finds in its own AVX-512 header
