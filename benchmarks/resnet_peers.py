@@ -109,6 +109,7 @@ def _has_vnni() -> bool:
 
 def openvino_binary(model: nn.Module, x: Tensor, threads: int) -> Runner:
     """The packed network, of one weight plane and not fused, with OpenVINO's BinaryConvolution."""
+    net: Any = model
     graph = peers.OpenVinoGraph(x.shape)
     ops = graph.ops
 
@@ -146,7 +147,7 @@ def openvino_binary(model: nn.Module, x: Tensor, threads: int) -> Runner:
     stem: Any = model.stem
     y = ops.relu(normalise(convolve(graph.input, stem[0]), stem[1]))
     y = ops.max_pool(y, [2, 2], [1, 1], [1, 1], [3, 3], "floor", None)
-    for stage in model.stages:  # type: ignore[union-attr]
+    for stage in net.stages:
         for block in stage:
             shortcut = y
             if not isinstance(block.shortcut, nn.Identity):
