@@ -144,8 +144,7 @@ def openvino_binary(model: nn.Module, x: Tensor, threads: int) -> Runner:
         total = terms[0] if len(terms) == 1 else ops.add(*terms)
         return total if layer.bias is None else ops.add(total, graph.by_channel(layer.bias))
 
-    stem: Any = model.stem
-    y = ops.relu(normalise(convolve(graph.input, stem[0]), stem[1]))
+    y = ops.relu(normalise(convolve(graph.input, net.stem[0]), net.stem[1]))
     y = ops.max_pool(y, [2, 2], [1, 1], [1, 1], [3, 3], "floor", None)
     for stage in net.stages:
         for block in stage:
@@ -155,7 +154,6 @@ def openvino_binary(model: nn.Module, x: Tensor, threads: int) -> Runner:
             y = ops.add(ops.relu(bitwise(y, block.bn1, block.conv1)), shortcut)
             y = ops.add(ops.relu(bitwise(y, block.bn2, block.conv2)), y)
     y = ops.squeeze(ops.reduce_mean(y, ops.constant(np.array([2, 3])), True), ops.constant(np.array([2, 3])))
-    classifier: Any = model.classifier
-    y = ops.matmul(y, graph.constant(classifier.weight.detach().numpy()), False, True)
-    y = ops.add(y, graph.constant(classifier.bias.detach().numpy()))
+    y = ops.matmul(y, graph.constant(net.classifier.weight.detach().numpy()), False, True)
+    y = ops.add(y, graph.constant(net.classifier.bias.detach().numpy()))
     return graph.runner(y, x.numpy(), threads)
