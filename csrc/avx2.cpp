@@ -105,6 +105,10 @@ struct Avx2 {
     _mm256_storeu_ps(p + 8, f.half[1]);
   }
 
+  static Floats at_least(Floats x, const Floats& low) {
+    for (int i = 0; i < 2; ++i) x.half[i] = _mm256_max_ps(low.half[i], x.half[i]);  // x where that is no number
+    return x;
+  }
   static Floats leaky(Floats x, const Floats& slope) {
     for (int i = 0; i < 2; ++i)
       x.half[i] =

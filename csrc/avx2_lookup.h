@@ -4,6 +4,8 @@
 #pragma once
 
 #include "avx2_pairs.h"
+#include "avx2_sums.h"
+#include "kernel_conv.h"
 
 namespace foldbit {
 namespace {
@@ -58,34 +60,13 @@ struct WordRuns {
   }
 };
 
-// Sums [A][kLookupPixels][pixel_sums] of a piece to its output.
-template <class P, template <class, int> class Output, int A>
-void finish_sums(const Conv& conv, const Piece& piece, const Axes& axes, const Place& at, int64_t blocks,
-                 const uint16_t* sums, int64_t pixel_sums) {
-  for (int64_t y = piece.y_begin; y < piece.y_end; ++y)
-    for (int64_t x = piece.x_begin; x < piece.x_end;) {
-      const Span span = axes.x.span(x, piece.x_end);
-      const int64_t taps = axes.y.span(y, y + 1).taps.count() * span.taps.count();
-      const Place there = place_at(conv, at, piece.image, y, x, taps);
-      for (int b = 0; b < blocks; ++b) {
-        const Output<P, A> output(conv, there, b);
-        for (int64_t p = 0; p < span.count(); ++p) {
-          typename P::Ints planes[A];
-          for (int a = 0; a < A; ++a)
-            planes[a] = P::from_uint16(sums + (a * kLookupPixels + p) * pixel_sums + b * kLanes);
-          output.write(p, planes);
-        }
-      }
-      sums += span.count() * pixel_sums;
-      x = span.end;
-    }
-}
-
-// A plane of a pixel: its first tap inside the image, and its sums.
+// A plane of a pixel: its first tap inside the image, its sums, and its index in the output, over rows and columns.
 struct Pixel {
   const uint32_t* activations;
   uint16_t* sums;
+  int64_t index;
 };
+constexpr int64_t kNowhere = -1;
 
 // A piece's sums, of two activation planes or one, and the words looked up at a time.
 template <int A, int V>
@@ -101,47 +82,58 @@ struct Lookup {
   WordRuns runs;
   bool at_first;
 
-  void pair(const Pixel& first, const Pixel& second) {
+  // Two activations whose taps lie inside the image alike, and out with the sums.
+  template <class Output>
+  void pair(const Pixel& first, const Pixel& second, Output& output) {
     for (int i = 0; i < runs.count; ++i) {
       const WordRun& run = runs.all[i];
       find_tables(first.activations + run.activation, second.activations + run.activation, run.words,
                   tables + run.word * kNibbles);
     }
     bool written = !at_first;
+    const auto add = [&](const uint16_t* some_tables, const __m256i* weights, int count) {
+      if (written)
+        look_up<V, false>(some_tables, weights, count, first.sums, second.sums);
+      else
+        look_up<V, true>(some_tables, weights, count, first.sums, second.sums);
+      written = true;
+    };
     for (int i = 0; i < runs.stretch_count; ++i) {
       const Stretch& stretch = runs.stretches[i];
       for (int rest = 0; rest < kStep - 1; ++rest) tables[stretch.end + rest] = kNoPair;
-      for (int at = stretch.begin; at < stretch.end; at += kMostNibbles) {
-        const int count = static_cast<int>(smaller(stretch.end - at, kMostNibbles));
-        const __m256i* weights = reinterpret_cast<const __m256i*>(nibbles) + at * V;
-        look_up<V>(tables + at, weights, count).add_to(first.sums, second.sums, !written);
-        written = true;
-      }
+      for (int at = stretch.begin; at < stretch.end; at += kMostNibbles)
+        add(tables + at, reinterpret_cast<const __m256i*>(nibbles) + at * V,
+            static_cast<int>(smaller(stretch.end - at, kMostNibbles)));
     }
-    if (!written) look_up<V>(tables, nullptr, 0).add_to(first.sums, second.sums, true);
+    if (!written) add(tables, nullptr, 0);
+    output.write(first.index, {first.sums, kPlane});
+    if (A == 1 && second.index != kNowhere) output.write(second.index, {second.sums, kPlane});
   }
 
   // All pixels of two spans.
+  template <class Output>
   void spans(const Conv& conv, const Operands& from, const Axes& axes, const Piece& piece, const Span& rows,
-             const Span& columns) {
+             const Span& columns, Output output) {
     const int64_t width = piece.x_end - piece.x_begin, step = conv.stride_w * from.activation_x;
-    Pixel waiting = {nullptr, nullptr};
+    Pixel waiting = {nullptr, nullptr, kNowhere};
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       Pixel pixel = {from.activations + axes.y.tap(y, rows.taps.begin) * from.activation_y +
                          axes.x.tap(columns.begin, columns.taps.begin) * from.activation_x,
-                     sums + ((y - piece.y_begin) * width + columns.begin - piece.x_begin) * kPixel};
-      for (int64_t x = columns.begin; x < columns.end; ++x, pixel.activations += step, pixel.sums += kPixel) {
+                     sums + ((y - piece.y_begin) * width + columns.begin - piece.x_begin) * kPixel,
+                     y * conv.out_width + columns.begin};
+      for (int64_t x = columns.begin; x < columns.end;
+           ++x, pixel.activations += step, pixel.sums += kPixel, ++pixel.index) {
         if constexpr (A == 2) {
-          pair(pixel, {pixel.activations + conv.activation_plane, pixel.sums + kPlane});
+          pair(pixel, {pixel.activations + conv.activation_plane, pixel.sums + kPlane, kNowhere}, output);
         } else if (waiting.sums) {
-          pair(waiting, pixel);
+          pair(waiting, pixel, output);
           waiting.sums = nullptr;
         } else {
           waiting = pixel;
         }
       }
     }
-    if (waiting.sums) pair(waiting, {waiting.activations, spare});
+    if (waiting.sums) pair(waiting, {waiting.activations, spare, kNowhere}, output);
   }
 };
 
@@ -162,15 +154,18 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
       for (Span columns = {}; columns.end < piece.x_end;) {
         columns = axes.x.span(larger(columns.end, piece.x_begin), piece.x_end);
         lookup.runs.find(conv, from, begin, end, rows.taps, columns.taps);
-        if (lookup.runs.count || lookup.at_first) lookup.spans(conv, from, axes, piece, rows, columns);
+        const auto spans = [&](auto output) { lookup.spans(conv, from, axes, piece, rows, columns, output); };
+        const Place there =
+            place_at(conv, at, piece.image, 0, 0, rows.taps.count() * columns.taps.count());
+        if (end == words && conv.integers)
+          spans(PixelOutput<IntegerPixels<P, A, kLookupBlocks>, P, A>(conv, there, blocks));
+        else if (end == words)
+          spans(PixelOutput<FloatPixels<P, A, kLookupBlocks>, P, A>(conv, there, blocks));
+        else if (lookup.runs.count || lookup.at_first)
+          spans(NoPixels());
       }
     }
   }
-
-  if (conv.integers)
-    finish_sums<P, IntegerOutput, A>(conv, piece, axes, at, blocks, lookup.sums, lookup.kPixel);
-  else
-    finish_sums<P, FloatOutput, A>(conv, piece, axes, at, blocks, lookup.sums, lookup.kPixel);
 }
 
 // A piece of at most kLookupPixels pixels.

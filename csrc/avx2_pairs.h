@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-#include "kernel_conv.h"
+#include "kernel.h"
 
 // sum += bytes, where the sum is. Left to itself GCC adds elsewhere and copies the sum back at every turn of a loop.
 #if defined(__GNUC__)
@@ -115,44 +115,15 @@ void find_tables(const uint32_t* first, const uint32_t* second, int words, uint1
   }
 }
 
-// What two activations differ by from V * 32 channels, in bytes.
-// A byte t of a table is first + 16 * second, and so is the sum of kStep of them, for neither is more than 4. Over many
-// steps are kept, modulo 256 each byte,
-//   all = sum of t,  upper = sum of t / 16, taken of two bytes at a time:
-// of an odd byte the second's sum, of an even one the second's plus 16 times the odd byte's first. From the former on,
-// one after another follow from these (add_to).
-template <int V>
-struct Pair {
-  __m256i all[V], upper[V];
+// Sums of 16 bits, [V][two blocks][16 channels], and what is added to them: first written, where nothing is there yet.
+inline void add_counts(uint16_t* sums, int block, __m256i count, bool at_first) {
+  __m256i* to = reinterpret_cast<__m256i*>(sums) + block;
+  _mm256_store_si256(to, at_first ? count : _mm256_add_epi16(count, _mm256_load_si256(to)));
+}
 
-  // Adds to sums of 16 bits, [V][two blocks][16 channels], or, at first, writes there.
-  void add_to(uint16_t* first, uint16_t* second, bool at_first) const {
-    const __m256i low = _mm256_set1_epi16(255);
-    const auto add = [&](uint16_t* sums, int block, __m256i count) {
-      __m256i* to = reinterpret_cast<__m256i*>(sums) + block;
-      _mm256_store_si256(to, at_first ? count : _mm256_add_epi16(count, _mm256_load_si256(to)));
-    };
-    const auto without = [&](__m256i sum, __m256i part) {
-      return _mm256_and_si256(_mm256_sub_epi16(sum, _mm256_slli_epi16(part, 4)), low);
-    };
-    FOLDBIT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      const __m256i second_odd = _mm256_srli_epi16(upper[v], 8);
-      const __m256i first_odd = without(_mm256_srli_epi16(all[v], 8), second_odd);
-      const __m256i second_even = without(upper[v], first_odd);
-      const __m256i first_even = without(all[v], second_even);
-      add(first, 2 * v, first_even);
-      add(first, 2 * v + 1, first_odd);
-      add(second, 2 * v, second_even);
-      add(second, 2 * v + 1, second_odd);
-    }
-  }
-};
-
-// What a pair's tables say of the weights' nibbles [0, nibbles), at most kMostNibbles. Reads up to kStep - 1 more of
-// both: where there are none, tables are kNoPair, and whatever is looked up in that is 0.
-template <int V>
-Pair<V> look_up(const uint16_t* tables, const __m256i* weights, int nibbles) {
+template <int V, bool kFirst>
+FOLDBIT_NOINLINE void look_up(const uint16_t* tables, const __m256i* weights, int nibbles, uint16_t* first,
+                              uint16_t* second) {
   __m256i all[V], upper[V];
   FOLDBIT_UNROLL
   for (int v = 0; v < V; ++v) all[v] = upper[v] = _mm256_setzero_si256();
@@ -172,13 +143,21 @@ Pair<V> look_up(const uint16_t* tables, const __m256i* weights, int nibbles) {
       FOLDBIT_ADD_BYTES(upper[v], _mm256_srli_epi16(t, 4));
     }
   }
-  Pair<V> pair;
+  const __m256i low = _mm256_set1_epi16(255);
+  const auto without = [&](__m256i sum, __m256i part) {
+    return _mm256_and_si256(_mm256_sub_epi16(sum, _mm256_slli_epi16(part, 4)), low);
+  };
   FOLDBIT_UNROLL
   for (int v = 0; v < V; ++v) {
-    pair.all[v] = all[v];
-    pair.upper[v] = upper[v];
+    const __m256i second_odd = _mm256_srli_epi16(upper[v], 8);
+    const __m256i first_odd = without(_mm256_srli_epi16(all[v], 8), second_odd);
+    const __m256i second_even = without(upper[v], first_odd);
+    const __m256i first_even = without(all[v], second_even);
+    add_counts(first, 2 * v, first_even, kFirst);
+    add_counts(first, 2 * v + 1, first_odd, kFirst);
+    add_counts(second, 2 * v, second_even, kFirst);
+    add_counts(second, 2 * v + 1, second_odd, kFirst);
   }
-  return pair;
 }
 
 }  // namespace

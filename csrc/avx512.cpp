@@ -59,6 +59,7 @@ struct Avx512 {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static void store(float* p, Floats f) { _mm512_storeu_ps(p, f); }
+  static Floats at_least(Floats x, Floats low) { return _mm512_max_ps(low, x); }  // x where that is no number
   static Floats leaky(Floats x, Floats slope) { return _mm512_mask_mul_ps(x, below_zero(x), x, slope); }
 
   static __mmask16 below_zero(Floats r) { return _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_LT_OQ); }

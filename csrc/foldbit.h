@@ -40,10 +40,10 @@ struct Pack {
 
 // A convolution over packed planes. It writes the integers if asked for them, otherwise floats:
 //   out[n, y, x, o] = bias[o] + sum over s, i, j of
-//                     weight_scales[i, o, s] * (activation_scales[n, j] * integer[i, j, s, n, y, x, o])
+//                     (weight_scales[i, o, s] * activation_scales[n, j]) * integer[i, j, s, n, y, x, o]
 // with the additions made in that order: one result on every instruction set and any number of threads. Then,
-// where there are slopes or a residual,
-//   out = (out < 0 ? slope[o] * out : out) + residual
+// where there is a ReLU, or slopes, or a residual,
+//   out = (out < 0 ? 0 or slope[o] * out : out) + residual
 struct Conv {
   int64_t images, height, width;
   int64_t out_height, out_width, out_channels;
@@ -52,6 +52,7 @@ struct Conv {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   int weight_planes, activation_planes;
   bool depthwise;  // as Depthwise::take leaves it, or false
+  bool relu;       // instead of slopes
 
   const uint32_t* activations;
   int64_t activation_plane;  // words from one plane to the next
@@ -112,7 +113,7 @@ int useful_threads(const Conv& conv, int64_t pixels, int threads);
 
 // Packs the float input, image by image or several at once, into scratch that `conv` then reads: of `pack`
 // and `conv` the fields that point to scratch or to repacked scales are filled in here.
-//   weight_scales [weight_planes, out_channels, segments];  bias, slopes [out_channels] or null
+//   weight_scales [weight_planes, out_channels, segments];  bias, slopes [out_channels] or null; slopes of 0 are ReLU
 void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, const float* bias,
                 const float* slopes, int threads);
 

@@ -9,7 +9,7 @@
 //   Marks    32 counts, of channels no_marks(); count_marks(m, a, w): m plus the bits of a xor w, each where it
 //                                   belongs, of at most kMaxDepthwiseTaps calls; marks_of(m, half): Ints
 //   Floats   kLanes float           load, store, broadcast, add, mul
-//                                   leaky(x, slope): x < 0 ? slope * x : x
+//                                   leaky(x, slope): x < 0 ? slope * x : x;  at_least(x, low): x < low ? low : x
 //   packing                         negative(r): bit i set where r_i < 0; below(x, t): where x_i < t_i
 //                                   residual(r, v): r - (r < 0 ? -v : v)
 //                                   mark(w, r, bit): w | (r < 0 ? bit : 0)

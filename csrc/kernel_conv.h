@@ -2,7 +2,7 @@
 // weights, so that no sum across lanes is needed, and keep the counts of a tile of pixels in registers.
 #pragma once
 
-#include "kernel.h"
+#include "kernel_output.h"
 
 namespace foldbit {
 namespace {
@@ -101,85 +101,6 @@ FOLDBIT_NOINLINE Differences<V, P, A, B> count_differences(const Walk& walk) {
   return total;
 }
 
-// Where a tile's results go.
-struct Place {
-  int64_t pixel;        // index of the first output pixel, over images, rows and columns
-  int64_t channel;      // first output channel
-  int64_t first_block;  // index into scales and bias: group * blocks + block
-  int64_t channels;     // of the group, from `channel` on
-  int weight_plane, activation_plane;
-  int64_t segment;
-  const float* scales;  // the first pixel's activation scales, at activation_plane
-  int32_t positions;    // that were compared: taps inside the image times channels
-
-  int lanes(int block) const { return static_cast<int>(smaller(kLanes, channels - block * kLanes)); }
-};
-
-// A block's integers on their way out: one pixel after another, from the place's on.
-template <class V, int A>
-struct IntegerOutput {
-  int32_t* out;
-  int64_t pixel, plane;
-  int32_t positions;
-  int lanes;
-
-  IntegerOutput(const Conv& conv, const Place& at, int block)
-      : pixel(conv.out_channels),
-        plane(conv.segments * conv.images * conv.out_height * conv.out_width * conv.out_channels),
-        positions(at.positions),
-        lanes(at.lanes(block)) {
-    const int64_t planes = at.weight_plane * conv.activation_planes + at.activation_plane;
-    out = conv.integers + planes * plane + at.segment * (plane / conv.segments) + at.pixel * pixel + at.channel +
-          block * kLanes;
-  }
-  FOLDBIT_INLINE void write(int64_t p, const typename V::Ints (&differ)[A]) const {
-    FOLDBIT_UNROLL
-    for (int a = 0; a < A; ++a)
-      store_some<V>(out + a * plane + p * pixel, V::matches(positions, differ[a]), lanes);
-  }
-};
-
-// A block's floats. The output itself is the accumulator over segments and planes: one thread owns each pixel.
-template <class V, int A>
-struct FloatOutput {
-  typename V::Floats weight_scale, bias;
-  const float *scales, *slopes, *residual;
-  float* out;
-  int64_t pixel, scale_step;
-  int32_t positions;
-  int lanes;
-  bool first;
-
-  FloatOutput(const Conv& conv, const Place& at, int b)
-      : scales(at.scales),
-        out(conv.out + at.pixel * conv.out_channels + at.channel + b * kLanes),
-        pixel(conv.out_channels),
-        scale_step(conv.scale_step),
-        positions(at.positions),
-        lanes(at.lanes(b)),
-        first(at.segment == 0 && at.weight_plane == 0 && at.activation_plane == 0) {
-    const int64_t block = at.first_block + b;
-    const int64_t scales_of = at.weight_plane * conv.groups * conv.blocks + block;
-    weight_scale = V::load(conv.weight_scales + (scales_of * conv.segments + at.segment) * kLanes);
-    bias = V::load(conv.bias + block * kLanes);
-    const bool last = at.segment + 1 == conv.segments && at.weight_plane + 1 == conv.weight_planes &&
-                      at.activation_plane + A == conv.activation_planes;
-    slopes = last && conv.slopes ? conv.slopes + block * kLanes : nullptr;
-    residual = last && conv.residual ? conv.residual + (out - conv.out) : nullptr;
-  }
-  FOLDBIT_INLINE void write(int64_t p, const typename V::Ints (&differ)[A]) const {
-    auto sum = first ? bias : load_some<V>(out + p * pixel, lanes);
-    FOLDBIT_UNROLL
-    for (int a = 0; a < A; ++a) {
-      const auto integer = V::to_float(V::matches(positions, differ[a]));
-      sum = V::add(sum, V::mul(weight_scale, V::mul(V::broadcast(scales[p * scale_step + a]), integer)));
-    }
-    if (slopes) sum = V::leaky(sum, V::load(slopes));
-    if (residual) sum = V::add(sum, load_some<V>(residual + p * pixel, lanes));
-    store_some<V>(out + p * pixel, sum, lanes);
-  }
-};
-
 template <class V, template <class, int> class Output, int P, int A, int B>
 void finish_tile(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
   for (int b = 0; b < B; ++b) {
@@ -275,16 +196,6 @@ void for_tiles(const Axis& axis, const Piece& piece, int64_t most, const Body& b
       body(x, pixels, span.taps);
     }
   }
-}
-
-// The same place at another pixel, with so many taps inside the image.
-Place place_at(const Conv& conv, Place at, int64_t image, int64_t y, int64_t x, int64_t taps) {
-  at.pixel = (image * conv.out_height + y) * conv.out_width + x;
-  if (!conv.integers)
-    at.scales = conv.activation_scales + image * conv.activation_planes + at.activation_plane +
-                x * conv.scale_step;
-  at.positions = static_cast<int32_t>(taps * conv.channels);
-  return at;
 }
 
 // One weight plane and A activation planes through a piece.

@@ -110,6 +110,10 @@ struct Neon {
   static void store(float* p, const Floats& f) {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.part[i]);
   }
+  static Floats at_least(Floats x, const Floats& low) {
+    for (int i = 0; i < 4; ++i) x.part[i] = vbslq_f32(vcltq_f32(x.part[i], low.part[i]), low.part[i], x.part[i]);
+    return x;
+  }
   static Floats leaky(Floats x, const Floats& slope) {
     for (int i = 0; i < 4; ++i)
       x.part[i] = vbslq_f32(vcltzq_f32(x.part[i]), vmulq_f32(x.part[i], slope.part[i]), x.part[i]);

@@ -133,7 +133,8 @@ void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, 
     scales_by_block(one_value_a_channel, bias, bias_by_block);
   else
     std::fill_n(bias_by_block, lanes, 0.0f);
-  if (slopes) scales_by_block(one_value_a_channel, slopes, slopes_by_block);
+  const bool relu = slopes && std::all_of(slopes, slopes + conv.out_channels, [](float s) { return s == 0; });
+  if (slopes && !relu) scales_by_block(one_value_a_channel, slopes, slopes_by_block);
 
   const int64_t image_words = pack.planes * pack.height * pack.width * pack.runs * pack.words;
   const int64_t at_once = std::max<int64_t>(1, kScratchWords / std::max<int64_t>(1, image_words));
@@ -151,7 +152,8 @@ void conv_fused(const Pack& pack, const Conv& conv, const float* weight_scales, 
     c.activation_plane = p.images * image_words / pack.planes;
     c.weight_scales = weight_scales_by_block;
     c.bias = bias_by_block;
-    c.slopes = slopes ? slopes_by_block : nullptr;
+    c.slopes = slopes && !relu ? slopes_by_block : nullptr;
+    c.relu = relu;
     c.activation_scales = p.scales;
     const int64_t done = first * conv.out_height * conv.out_width * conv.out_channels;
     c.out += done;

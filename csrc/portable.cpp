@@ -111,6 +111,10 @@ struct Portable {
     return a;
   }
   static void store(float* p, const Floats& f) { memcpy(p, f.lane, sizeof f.lane); }
+  static Floats at_least(Floats x, const Floats& low) {
+    for (int i = 0; i < kLanes; ++i) x.lane[i] = x.lane[i] < low.lane[i] ? low.lane[i] : x.lane[i];
+    return x;
+  }
   static Floats leaky(Floats x, const Floats& slope) {
     for (int i = 0; i < kLanes; ++i) x.lane[i] = x.lane[i] < 0 ? x.lane[i] * slope.lane[i] : x.lane[i];
     return x;

@@ -111,7 +111,11 @@ def test_thresholds_slopes_and_residuals_too(problem, data, threads):
     flips = rng.integers(0, 2**32, (runs, words), np.uint32)
     out = (len(x), *geometry["out_size"], weight_scales.shape[1])
     extras = dict(
-        slopes=data.draw(st.sampled_from([None, rng.standard_normal(out[-1], dtype=np.float32)])),
+        slopes=data.draw(
+            st.sampled_from(
+                [None, np.zeros(out[-1], np.float32), rng.standard_normal(out[-1], dtype=np.float32)]
+            )
+        ),
         residual=data.draw(st.sampled_from([None, rng.standard_normal(out, dtype=np.float32)])),
     )
     if data.draw(st.booleans()):

@@ -67,6 +67,7 @@ struct Problem {
   std::vector<uint32_t> flips, weights, packed;
   std::vector<int32_t> integers;
   const bool depthwise = any() % 4 == 0;
+  bool relu;
 
   Problem() {
     const int64_t groups = depthwise ? between(2, 80) : between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
@@ -127,6 +128,8 @@ struct Problem {
     weight_scales = draw(conv.weight_planes * conv.out_channels * segments, value);
     bias = draw(conv.out_channels, value);
     slopes = draw(conv.out_channels, value);
+    relu = any() & 1;
+    if (relu) std::fill(slopes.begin(), slopes.end(), 0.0f);
     const int64_t out = conv.images * conv.out_height * conv.out_width * conv.out_channels;
     residual = draw(out, value);
     if (any() & 1) conv.residual = residual.data();
@@ -201,10 +204,11 @@ struct Problem {
         for (int64_t i = 0; i < conv.weight_planes; ++i)
           for (int64_t j = 0; j < pack.planes; ++j) {
             const int32_t integer = integers[((i * pack.planes + j) * conv.segments + s) * count + at];
-            const float scaled = scales[n * pack.planes + j] * static_cast<float>(integer);
-            sum += weight_scales[(i * conv.out_channels + o) * conv.segments + s] * scaled;
+            const float scale =
+                weight_scales[(i * conv.out_channels + o) * conv.segments + s] * scales[n * pack.planes + j];
+            sum += scale * static_cast<float>(integer);
           }
-      if (sum < 0) sum *= slopes[o];
+      if (sum < 0) sum = relu ? 0 : sum * slopes[o];
       out.push_back(conv.residual ? sum + residual[at] : sum);
     }
     return out;

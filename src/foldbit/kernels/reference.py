@@ -133,7 +133,7 @@ def conv(
     """Fold a float input, convolve it with folded weights, and scale the result back to floats.
 
     ``y[n, :, :, o] = bias[o] + sum over segments s, weight planes i, activation planes j of
-    weight_scales[i, o, s] * (activation_scales[n, j] * integers[i, j, s, n, :, :, o])``,
+    (weight_scales[i, o, s] * activation_scales[n, j]) * integers[i, j, s, n, :, :, o]``,
     added up in that order in float32: every backend gives these very numbers.
 
     Args:
@@ -144,7 +144,8 @@ def conv(
         bias: ``float32 [out_channels]``.
         stride, padding, dilation, out_size: as in :func:`conv_integers`.
         thresholds, flips: as in :func:`pack_activation`.
-        slopes: ``float32 [out_channels]``: where y is negative it is multiplied by its channel's slope.
+        slopes: ``float32 [out_channels]``: where y is negative it is multiplied by its channel's slope; where all are
+            0, that is ReLU, it is 0, and minus infinity as well.
         residual: ``float32 [N, OH, OW, out_channels]``, added last.
         out: where to write the result; a new array by default.
 
@@ -170,9 +171,13 @@ def conv(
         for i, weight_scale in enumerate(weight_scales[:, :, s]):
             for j, activation_scale in enumerate(activation_scales.T[..., None, None, None]):
                 with np.errstate(invalid="ignore", over="ignore"):
-                    out += weight_scale * (activation_scale * integers[i, j, s])
+                    out += (weight_scale * activation_scale) * integers[i, j, s]
     if slopes is not None:
-        np.multiply(out, slopes, out=out, where=out < 0)
+        negative = out < 0
+        if slopes.any():
+            np.multiply(out, slopes, out=out, where=negative)
+        else:
+            out[negative] = 0
     if residual is not None:
         out += residual
     return out
