@@ -126,6 +126,15 @@ struct Avx2 {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.half[0], t.half[0], _CMP_LT_OQ)) |
                                  _mm256_movemask_ps(_mm256_cmp_ps(x.half[1], t.half[1], _CMP_LT_OQ)) << 8);
   }
+  static uint32_t below(const Floats& x0, const Floats& x1, const Floats& t0, const Floats& t1) {
+    const auto bytes = [](const Floats& x, const Floats& t) {  // of halves in turn: 4 of the first, 4 of the second, ...
+      return _mm256_packs_epi32(_mm256_castps_si256(_mm256_cmp_ps(x.half[0], t.half[0], _CMP_LT_OQ)),
+                                _mm256_castps_si256(_mm256_cmp_ps(x.half[1], t.half[1], _CMP_LT_OQ)));
+    };
+    const __m256i all = _mm256_packs_epi16(bytes(x0, t0), bytes(x1, t1));
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(all, in_order)));
+  }
   static Floats residual(Floats r, const Floats& v) {
     const __m256 sign_bit = _mm256_set1_ps(-0.0f);
     for (int i = 0; i < 2; ++i) {

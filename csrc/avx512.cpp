@@ -65,6 +65,9 @@ struct Avx512 {
   static __mmask16 below_zero(Floats r) { return _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_LT_OQ); }
   static uint32_t negative(Floats r) { return below_zero(r); }
   static uint32_t below(Floats x, Floats t) { return _mm512_cmp_ps_mask(x, t, _CMP_LT_OQ); }
+  static uint32_t below(const Floats& x0, const Floats& x1, const Floats& t0, const Floats& t1) {
+    return below(x0, t0) | below(x1, t1) << kLanes;
+  }
   static Floats residual(Floats r, Floats v) {
     return _mm512_mask_add_ps(_mm512_sub_ps(r, v), below_zero(r), r, v);
   }

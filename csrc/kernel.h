@@ -10,7 +10,8 @@
 //                                   belongs, of at most kMaxDepthwiseTaps calls; marks_of(m, half): Ints
 //   Floats   kLanes float           load, store, broadcast, add, mul
 //                                   leaky(x, slope): x < 0 ? slope * x : x;  at_least(x, low): x < low ? low : x
-//   packing                         negative(r): bit i set where r_i < 0; below(x, t): where x_i < t_i
+//   packing                         negative(r): bit i set where r_i < 0; below(x, t): where x_i < t_i; below(x0, x1,
+//                                   t0, t1): of 32
 //                                   residual(r, v): r - (r < 0 ? -v : v)
 //                                   mark(w, r, bit): w | (r < 0 ? bit : 0)
 //                                   mark_lanes(w, lanes, bit): w | bit in the lanes whose bit is set

@@ -28,8 +28,8 @@ void walk_thresholds(Compare compare, Visit visit) {
   }
 }
 
-// Channels side by side in memory (channels-last): lanes are channels.
-template <class V, int kPlanes>
+// Channels side by side in memory (channels-last): lanes are channels. kWhole: a run is whole words.
+template <class V, int kPlanes, bool kWhole>
 void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int64_t plane) {
   const int64_t channels = pack.channels / pack.runs;
   const int64_t node = pack.runs * pack.words * kWordBits;
@@ -37,14 +37,14 @@ void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int6
   const uint32_t* flips = pack.flips;
   for (int64_t run = 0; run < pack.runs; ++run, x += channels)
     for (int64_t first = 0; first < channels; first += kWordBits, ++out, ++flips, thresholds += kWordBits) {
-      const int lanes = static_cast<int>(smaller(channels - first, kWordBits));
+      const int lanes = kWhole ? kWordBits : static_cast<int>(smaller(channels - first, kWordBits));
       const uint32_t used = lanes == kWordBits ? ~0u : (1u << lanes) - 1;
       const auto low = load_some<V>(x + first, static_cast<int>(smaller(lanes, kLanes)));
       const auto high = load_some<V>(x + first + kLanes, static_cast<int>(larger(lanes - kLanes, 0)));
       walk_thresholds<kPlanes>(
           [&](int i) {
             const float* t = thresholds + i * node;
-            return V::below(low, V::load(t)) | V::below(high, V::load(t + kLanes)) << kLanes;
+            return V::below(low, high, V::load(t), V::load(t + kLanes));
           },
           [&](int level, uint32_t bits) { out[level * plane] = (bits ^ *flips) & used; });
     }
@@ -121,11 +121,17 @@ void pack_row_by(const Pack& pack, int64_t image, int64_t y, int64_t begin, int6
   const int64_t plane = pack.images * pack.height * pack.width * pixel;
   uint32_t* out = pack.out + (image * pack.height + y) * pack.width * pixel;
   if (pack.stride_channel == 1) {
+    const bool whole = pack.channels == pixel * kWordBits;
     for (int64_t x = begin; x < end; ++x) {
-      if constexpr (kThresholdPlanes > 0)
-        compare_channel_lanes<V, kThresholdPlanes>(pack, row + x * pack.stride_x, out + x * pixel, plane);
-      else
-        pack_channel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane);
+      const float* from = row + x * pack.stride_x;
+      if constexpr (kThresholdPlanes > 0) {
+        if (whole)
+          compare_channel_lanes<V, kThresholdPlanes, true>(pack, from, out + x * pixel, plane);
+        else
+          compare_channel_lanes<V, kThresholdPlanes, false>(pack, from, out + x * pixel, plane);
+      } else {
+        pack_channel_lanes<V>(pack, from, scales, out + x * pixel, plane);
+      }
     }
   } else {
     for (int64_t x = begin; x < end; x += kLanes)

@@ -137,6 +137,9 @@ struct Neon {
                                  vcltq_f32(x.part[2], t.part[2]), vcltq_f32(x.part[3], t.part[3])};
     return bits(lanes);
   }
+  static uint32_t below(const Floats& x0, const Floats& x1, const Floats& t0, const Floats& t1) {
+    return below(x0, t0) | below(x1, t1) << kLanes;
+  }
   static Floats residual(Floats r, const Floats& v) {
     for (int i = 0; i < 4; ++i)
       r.part[i] = vsubq_f32(r.part[i], vbslq_f32(vcltzq_f32(r.part[i]), vnegq_f32(v.part[i]), v.part[i]));

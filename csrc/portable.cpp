@@ -130,6 +130,9 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(x.lane[i] < t.lane[i]) << i;
     return bits;
   }
+  static uint32_t below(const Floats& x0, const Floats& x1, const Floats& t0, const Floats& t1) {
+    return below(x0, t0) | below(x1, t1) << kLanes;
+  }
   static Floats residual(Floats r, const Floats& v) {
     for (int i = 0; i < kLanes; ++i) r.lane[i] -= r.lane[i] < 0 ? -v.lane[i] : v.lane[i];
     return r;
