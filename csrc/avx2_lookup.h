@@ -14,6 +14,7 @@ constexpr int kLookupWords = 84;    // of 32 channels, at a time: their nibbles 
 constexpr int kLookupBlocks = 8;    // of channels: enough that loading a table is worth it
 constexpr int kLookupPixels = 128;  // of a piece: enough that bringing weights into form is
 constexpr int kFewestLookups = 8;   // activations of a piece, below which it is not
+constexpr int kPlaceWords = 2048;   // of a piece's input, up to which tables are found before its windows need them
 
 // Words of a window that lie side by side: from the first tap inside the image, and from the first word of those
 // looked up at a time.
@@ -32,12 +33,14 @@ struct WordRuns {
   WordRun all[kLookupWords];
   Stretch stretches[kLookupWords];  // of one run or more that lie side by side among the weights
   int count = 0, stretch_count = 0;
+  bool whole_steps;  // in every run
 
   void find(const Conv& conv, const Operands& from, int64_t begin, int64_t end, Taps rows, Taps columns) {
     const int64_t tap_x = conv.dilation_w * from.activation_x, tap_y = conv.dilation_h * from.activation_y;
     const int64_t row_words = conv.kernel_w * conv.words;
     const bool joined = tap_x == conv.words;  // neighbouring taps are neighbours in memory
     count = stretch_count = 0;
+    whole_steps = true;
     for (int64_t y = larger(rows.begin, begin / row_words); y < rows.end && y * row_words < end; ++y)
       for (int64_t x = columns.begin; x < columns.end; x = joined ? columns.end : x + 1) {
         const int64_t start = (y * conv.kernel_w + x) * conv.words;
@@ -53,6 +56,7 @@ struct WordRuns {
   void add(const WordRun& run) {
     const int begin = run.word * kNibbles, end = begin + run.words * kNibbles;
     all[count++] = run;
+    whole_steps = whole_steps && run.words % kStep == 0;
     if (stretch_count && stretches[stretch_count - 1].end == begin)
       stretches[stretch_count - 1].end = end;
     else
@@ -73,39 +77,65 @@ template <int A, int V>
 struct Lookup {
   static constexpr int64_t kPixel = V * 2 * kLanes;
   static constexpr int64_t kPlane = kLookupPixels * kPixel;
-  static constexpr int kWords = kLookupWords / V;
+  static constexpr int kWords = kLookupWords / V / kStep * kStep;
   static constexpr int kLookups = kWords * kNibbles + kStep - 1;
   alignas(32) uint16_t sums[A * kPlane];
   alignas(32) uint16_t spare[kPixel];
   alignas(32) uint8_t nibbles[kLookups * V * 32];
   uint16_t tables[kLookups];
+  alignas(32) uint16_t places[A == 2 ? kPlaceWords * kNibbles : 1];  // of the tables of all windows, from `found` on
+  const uint32_t* found = nullptr;
   WordRuns runs;
   bool at_first;
+
+  // Two planes' tables, of which a window's neighbours need most again.
+  void find_places(const Conv& conv, const Operands& from, const Axes& axes, const Piece& piece) {
+    const auto word = [&](int64_t y, int64_t x) { return y * from.activation_y + x * from.activation_x; };
+    const auto first = [](const Axis& axis, int64_t begin) { return larger(axis.tap(begin, 0), 0); };
+    const auto last = [](const Axis& axis, int64_t end) {
+      return smaller(axis.tap(end - 1, axis.taps - 1), axis.size - 1);
+    };
+    const int64_t begin = word(first(axes.y, piece.y_begin), first(axes.x, piece.x_begin));
+    const int64_t words = word(last(axes.y, piece.y_end), last(axes.x, piece.x_end)) + conv.words - begin;
+    if (words <= 0 || words > kPlaceWords) return;
+    found = from.activations + begin;
+    find_tables(found, found + conv.activation_plane, static_cast<int>(words), places);
+  }
 
   // Two activations whose taps lie inside the image alike, and out with the sums.
   template <class Output>
   void pair(const Pixel& first, const Pixel& second, Output& output) {
-    for (int i = 0; i < runs.count; ++i) {
-      const WordRun& run = runs.all[i];
-      find_tables(first.activations + run.activation, second.activations + run.activation, run.words,
-                  tables + run.word * kNibbles);
-    }
     bool written = !at_first;
-    const auto add = [&](const uint16_t* some_tables, const __m256i* weights, int count) {
-      if (written)
-        look_up<V, false>(some_tables, weights, count, first.sums, second.sums);
-      else
-        look_up<V, true>(some_tables, weights, count, first.sums, second.sums);
-      written = true;
+    const auto add = [&](const uint16_t* from, int begin, int end) {
+      for (int at = begin, count; at < end; at += count, from += count) {
+        count = static_cast<int>(smaller(end - at, kMostNibbles));
+        const __m256i* weights = reinterpret_cast<const __m256i*>(nibbles) + at * V;
+        if (written)
+          look_up<V, false>(from, weights, count, first.sums, second.sums);
+        else
+          look_up<V, true>(from, weights, count, first.sums, second.sums);
+        written = true;
+      }
     };
-    for (int i = 0; i < runs.stretch_count; ++i) {
-      const Stretch& stretch = runs.stretches[i];
-      for (int rest = 0; rest < kStep - 1; ++rest) tables[stretch.end + rest] = kNoPair;
-      for (int at = stretch.begin; at < stretch.end; at += kMostNibbles)
-        add(tables + at, reinterpret_cast<const __m256i*>(nibbles) + at * V,
-            static_cast<int>(smaller(stretch.end - at, kMostNibbles)));
+    if (found && runs.whole_steps) {
+      for (int i = 0; i < runs.count; ++i) {
+        const WordRun& run = runs.all[i];
+        add(places + (first.activations - found + run.activation) * kNibbles, run.word * kNibbles,
+            (run.word + run.words) * kNibbles);
+      }
+    } else {
+      for (int i = 0; i < runs.count; ++i) {
+        const WordRun& run = runs.all[i];
+        find_tables(first.activations + run.activation, second.activations + run.activation, run.words,
+                    tables + run.word * kNibbles);
+      }
+      for (int i = 0; i < runs.stretch_count; ++i) {
+        const Stretch& stretch = runs.stretches[i];
+        for (int rest = 0; rest < kStep - 1; ++rest) tables[stretch.end + rest] = kNoPair;
+        add(tables + stretch.begin, stretch.begin, stretch.end);
+      }
     }
-    if (!written) add(tables, nullptr, 0);
+    if (!written) look_up<V, true>(tables, nullptr, 0, first.sums, second.sums);
     output.write(first.index, {first.sums, kPlane});
     if (A == 1 && second.index != kNowhere) output.write(second.index, {second.sums, kPlane});
   }
@@ -143,7 +173,8 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
   Lookup<A, V> lookup;
   const Operands from(conv, piece.image, at);
   const int64_t words = conv.kernel_h * conv.kernel_w * conv.words;
-  const int64_t at_once = ceil_div(words, ceil_div(words, lookup.kWords));
+  const int64_t at_once = ceil_div(ceil_div(words, ceil_div(words, lookup.kWords)), kStep) * kStep;
+  if (A == 2) lookup.find_places(conv, from, axes, piece);
   for (int64_t begin = 0; begin < words; begin += at_once) {
     const int64_t end = smaller(begin + at_once, words);
     lookup.at_first = begin == 0;
