@@ -143,7 +143,7 @@ struct Lookup {
   // All pixels of two spans.
   template <class Output>
   void spans(const Conv& conv, const Operands& from, const Axes& axes, const Piece& piece, const Span& rows,
-             const Span& columns, Output output) {
+             const Span& columns, Output& output) {
     const int64_t width = piece.x_end - piece.x_begin, step = conv.stride_w * from.activation_x;
     Pixel waiting = {nullptr, nullptr, kNowhere};
     for (int64_t y = rows.begin; y < rows.end; ++y) {
@@ -185,7 +185,7 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
       for (Span columns = {}; columns.end < piece.x_end;) {
         columns = axes.x.span(larger(columns.end, piece.x_begin), piece.x_end);
         lookup.runs.find(conv, from, begin, end, rows.taps, columns.taps);
-        const auto spans = [&](auto output) { lookup.spans(conv, from, axes, piece, rows, columns, output); };
+        const auto spans = [&](auto&& output) { lookup.spans(conv, from, axes, piece, rows, columns, output); };
         const Place there =
             place_at(conv, at, piece.image, 0, 0, rows.taps.count() * columns.taps.count());
         if (end == words && conv.integers)
