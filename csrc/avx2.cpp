@@ -127,7 +127,7 @@ struct Avx2 {
                                  _mm256_movemask_ps(_mm256_cmp_ps(x.half[1], t.half[1], _CMP_LT_OQ)) << 8);
   }
   static uint32_t below(const Floats& x0, const Floats& x1, const Floats& t0, const Floats& t1) {
-    const auto bytes = [](const Floats& x, const Floats& t) {  // of halves in turn: 4 of the first, 4 of the second, ...
+    const auto bytes = [](const Floats& x, const Floats& t) {  // 4 lanes of a half in turn
       return _mm256_packs_epi32(_mm256_castps_si256(_mm256_cmp_ps(x.half[0], t.half[0], _CMP_LT_OQ)),
                                 _mm256_castps_si256(_mm256_cmp_ps(x.half[1], t.half[1], _CMP_LT_OQ)));
     };

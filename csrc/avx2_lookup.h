@@ -33,7 +33,7 @@ struct WordRuns {
   WordRun all[kLookupWords];
   Stretch stretches[kLookupWords];  // of one run or more that lie side by side among the weights
   int count = 0, stretch_count = 0;
-  bool whole_steps;  // in every run
+  bool whole_steps;  // in every run but one that the words looked up at a time end with
 
   void find(const Conv& conv, const Operands& from, int64_t begin, int64_t end, Taps rows, Taps columns) {
     const int64_t tap_x = conv.dilation_w * from.activation_x, tap_y = conv.dilation_h * from.activation_y;
@@ -48,15 +48,16 @@ struct WordRuns {
         const int64_t first = larger(start, begin), last = smaller(stop, end);
         if (first < last)
           add({(y - rows.begin) * tap_y + (x - columns.begin) * tap_x + first - start,
-               static_cast<int>(first - begin), static_cast<int>(last - first)});
+               static_cast<int>(first - begin), static_cast<int>(last - first)},
+              last == end);
       }
   }
 
  private:
-  void add(const WordRun& run) {
+  void add(const WordRun& run, bool at_end) {
     const int begin = run.word * kNibbles, end = begin + run.words * kNibbles;
     all[count++] = run;
-    whole_steps = whole_steps && run.words % kStep == 0;
+    whole_steps = whole_steps && (at_end || run.words % kStep == 0);
     if (stretch_count && stretches[stretch_count - 1].end == begin)
       stretches[stretch_count - 1].end = end;
     else
@@ -83,13 +84,16 @@ struct Lookup {
   alignas(32) uint16_t spare[kPixel];
   alignas(32) uint8_t nibbles[kLookups * V * 32];
   uint16_t tables[kLookups];
-  alignas(32) uint16_t places[A == 2 ? kPlaceWords * kNibbles : 1];  // of the tables of all windows, from `found` on
+  alignas(32) uint16_t places[A == 2 ? kPlaceWords * kNibbles + kStep - 1 : 1];  // of all windows, from `found` on
   const uint32_t* found = nullptr;
   WordRuns runs;
   bool at_first;
 
-  // Two planes' tables, of which a window's neighbours need most again.
+  // Two planes' tables, most of which neighbouring windows need, too. Where a row of taps is whole steps, or is all.
   void find_places(const Conv& conv, const Operands& from, const Axes& axes, const Piece& piece) {
+    const bool joined = conv.kernel_w == 1 || conv.dilation_w * from.activation_x == conv.words;
+    const int64_t run = joined ? conv.kernel_w * conv.words : conv.words;
+    if (run % kStep && (!joined || conv.kernel_h > 1)) return;
     const auto word = [&](int64_t y, int64_t x) { return y * from.activation_y + x * from.activation_x; };
     const auto first = [](const Axis& axis, int64_t begin) { return larger(axis.tap(begin, 0), 0); };
     const auto last = [](const Axis& axis, int64_t end) {
@@ -100,6 +104,7 @@ struct Lookup {
     if (words <= 0 || words > kPlaceWords) return;
     found = from.activations + begin;
     find_tables(found, found + conv.activation_plane, static_cast<int>(words), places);
+    for (int rest = 0; rest < kStep - 1; ++rest) places[words * kNibbles + rest] = kNoPair;
   }
 
   // Two activations whose taps lie inside the image alike, and out with the sums.

@@ -39,7 +39,8 @@ constexpr PairTables kDiffer;
 constexpr int kPlace = 2;  // a table's, in 8 bytes, which is as far as an address can multiply
 constexpr uint16_t kNoPair = 256 * kPlace;
 
-// Words of blocks of 16 channels, as nibbles to look up: [nibbles][V][two blocks' channels in turn].
+// Words of blocks of 16 channels, as nibbles to look up: [nibbles][V][two blocks' channels in turn]; and kStep - 1
+// more, that look nothing up.
 template <int V>
 void as_nibbles(const uint32_t* weights, int64_t weight_block, int64_t blocks, int words, uint8_t* out) {
   const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
@@ -71,6 +72,8 @@ void as_nibbles(const uint32_t* weights, int64_t weight_block, int64_t blocks, i
       store(_mm256_unpacklo_epi8(bytes23[0], bytes23[1]), kNibbles * i + 4, v);
       store(_mm256_unpackhi_epi8(bytes23[0], bytes23[1]), kNibbles * i + 6, v);
     }
+  for (int i = 0; i < (kStep - 1) * V; ++i)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out) + kNibbles * words * V + i, _mm256_set1_epi8(-128));
 }
 
 // The places of tables, of 16 bits each: of the low nibbles of bytes of two words in turn, and of the high ones.
@@ -115,12 +118,15 @@ void find_tables(const uint32_t* first, const uint32_t* second, int words, uint1
   }
 }
 
-// Sums of 16 bits, [V][two blocks][16 channels], and what is added to them: first written, where nothing is there yet.
-inline void add_counts(uint16_t* sums, int block, __m256i count, bool at_first) {
-  __m256i* to = reinterpret_cast<__m256i*>(sums) + block;
-  _mm256_store_si256(to, at_first ? count : _mm256_add_epi16(count, _mm256_load_si256(to)));
-}
-
+// What two activations differ by from V * 32 channels in nibbles [0, nibbles), at most kMostNibbles, is added to sums
+// of 16 bits, [V][two blocks][16 channels], or, at first, written there. Reads up to kStep - 1 more tables and weights,
+// one of which says nothing: kNoPair, or what as_nibbles ends with.
+//
+// A byte t of a table is first + 16 * second, and so is the sum of kStep of them, for neither is more than 4. Over many
+// steps are kept, modulo 256 each byte,
+//   all = sum of t,  upper = sum of t / 16, taken of two bytes at a time:
+// of an odd byte the second's sum, of an even one the second's plus 16 times the odd byte's first. From the former on,
+// one after another follow from these.
 template <int V, bool kFirst>
 FOLDBIT_NOINLINE void look_up(const uint16_t* tables, const __m256i* weights, int nibbles, uint16_t* first,
                               uint16_t* second) {
@@ -143,6 +149,10 @@ FOLDBIT_NOINLINE void look_up(const uint16_t* tables, const __m256i* weights, in
       FOLDBIT_ADD_BYTES(upper[v], _mm256_srli_epi16(t, 4));
     }
   }
+  const auto add = [](uint16_t* sums, int block, __m256i count) {
+    __m256i* to = reinterpret_cast<__m256i*>(sums) + block;
+    _mm256_store_si256(to, kFirst ? count : _mm256_add_epi16(count, _mm256_load_si256(to)));
+  };
   const __m256i low = _mm256_set1_epi16(255);
   const auto without = [&](__m256i sum, __m256i part) {
     return _mm256_and_si256(_mm256_sub_epi16(sum, _mm256_slli_epi16(part, 4)), low);
@@ -153,10 +163,10 @@ FOLDBIT_NOINLINE void look_up(const uint16_t* tables, const __m256i* weights, in
     const __m256i first_odd = without(_mm256_srli_epi16(all[v], 8), second_odd);
     const __m256i second_even = without(upper[v], first_odd);
     const __m256i first_even = without(all[v], second_even);
-    add_counts(first, 2 * v, first_even, kFirst);
-    add_counts(first, 2 * v + 1, first_odd, kFirst);
-    add_counts(second, 2 * v, second_even, kFirst);
-    add_counts(second, 2 * v + 1, second_odd, kFirst);
+    add(first, 2 * v, first_even);
+    add(first, 2 * v + 1, first_odd);
+    add(second, 2 * v, second_even);
+    add(second, 2 * v + 1, second_odd);
   }
 }
 

@@ -154,6 +154,42 @@ def test_counts_where_every_bit_differs(isa, channels, out):
         np.testing.assert_array_equal(plane_got, np.broadcast_to(each * channels * taps, plane_got.shape))
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
+@pytest.mark.parametrize(
+    "size, channels, groups, kernel, options",
+    [
+        ((6, 150), 96, 1, 3, {}),  # rows in pieces
+        ((4, 130), 200, 1, 3, {}),  # more of the input than tables are found for beforehand
+        ((3, 40), 64, 1, 3, {"padding": (9, 5)}),  # windows outside the image
+        ((20, 9), 96, 1, 3, {"dilation": (2, 3)}),  # taps apart, in whole steps
+        ((20, 9), 64, 1, 3, {"dilation": (1, 2)}),  # and not in whole steps
+        ((9, 11), 130, 1, 1, {}),
+        ((9, 11), 130, 1, 2, {"stride": (1, 2)}),
+        ((12, 12), 192, 2, 3, {"stride": (2, 2)}),
+    ],
+)
+def test_windows_that_share_their_input(isa, size, channels, groups, kernel, options):
+    """Two planes and several blocks of channels, in all the ways that tables of their nibbles are found."""
+    rng = np.random.default_rng(0)
+    per_group, out = channels // groups, 80 * groups
+    a = layout.bits_to_words(rng.random((2, 2, *size, groups, per_group)) < 0.5)
+    w = layout.disk_to_kernel(
+        layout.pack_bits(rng.random((1, out, kernel, kernel, per_group)) < 0.5), per_group, groups=groups
+    )
+    options = {"stride": (1, 1), "padding": (1, 0), "dilation": (1, 1)} | options
+    sides = zip(size, *(options[name] for name in ("stride", "padding", "dilation")), strict=True)
+    out_size = tuple(
+        (side + 2 * pad - (kernel - 1) * apart - 1) // step + 1 for side, step, pad, apart in sides
+    )
+    got = {}
+    for each in ("portable", isa):
+        with native.use(each):
+            got[each] = native.conv_integers(
+                a, w, **options, out_size=out_size, in_channels_per_segment=per_group, out_channels=out
+            )
+    np.testing.assert_array_equal(got[isa], got["portable"])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kernel", [(3, 3), (15, 17), (16, 16)])
 def test_depthwise_windows_as_long_as_bytes_can_count_and_longer(isa, kernel):

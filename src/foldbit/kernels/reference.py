@@ -144,8 +144,8 @@ def conv(
         bias: ``float32 [out_channels]``.
         stride, padding, dilation, out_size: as in :func:`conv_integers`.
         thresholds, flips: as in :func:`pack_activation`.
-        slopes: ``float32 [out_channels]``: where y is negative it is multiplied by its channel's slope; where all are
-            0, that is ReLU, it is 0, and minus infinity as well.
+        slopes: ``float32 [out_channels]``: where y is negative it is multiplied by its channel's slope.
+            All 0, that is ReLU: it is 0 there, for minus infinity as well.
         residual: ``float32 [N, OH, OW, out_channels]``, added last.
         out: where to write the result; a new array by default.
 
