@@ -38,9 +38,9 @@ TABLES: dict[str, Callable[[Run], None]] = {  # in the order they are shown
 
 
 def picture(run: Run, figure: Any) -> None:
-    """Layers against the peers, and shares of the peak."""
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    layers = run.results["layers"]
+    """Layers against the peers, and shares of the peak where they were measured."""
+    layers, core = run.results["layers"], run.results.get("core", {})
+    left, *rest = figure.subplots(1, 2, width_ratios=(2, 1)) if core else [figure.subplots()]
     engines = [name for name in next(iter(layers.values())) if "native" not in name]
     width = 0.8 / len(engines)
     for i, engine in enumerate(engines):
@@ -51,10 +51,12 @@ def picture(run: Run, figure: Any) -> None:
     left.set_xticks(range(len(layers)), list(layers))
     left.legend(fontsize=8, ncols=2)
     left.set_ylim(bottom=min(10.0, left.get_ylim()[0]), top=left.get_ylim()[1] * 4)  # room for the legend
-    core = {k: v["share"] for k, v in run.results.get("core", {}).items()}
-    right.barh(list(core), [100 * share for share in core.values()])
-    right.invert_yaxis()
-    right.set(xlim=(0, 105), xlabel="% of the xor, popcount, add peak", title="Core against the peak loop")
+    for right in rest:
+        shares = {name: 100 * found["share"] for name, found in core.items()}
+        right.barh(list(shares), list(shares.values()))
+        right.invert_yaxis()
+        right.set_xlim(0, max(105, *shares.values()))
+        right.set(xlabel="% of the xor, popcount, add peak", title="Core against the peak loop")
     figure.suptitle(f"foldbit's kernels, {run.results['machine']['processor']}")
 
 
