@@ -11,7 +11,6 @@ namespace foldbit {
 namespace {
 
 constexpr int kLookupWords = 84;    // of 32 channels, at a time: their nibbles fit the nearest cache
-constexpr int kLookupBlocks = 8;    // of channels: enough that loading a table is worth it
 constexpr int kLookupPixels = 128;  // of a piece: enough that bringing weights into form is
 constexpr int kFewestLookups = 8;   // activations of a piece, below which it is not
 constexpr int kPlaceWords = 2048;   // of a piece's input, up to which tables are found before its windows need them
@@ -191,12 +190,11 @@ void look_up_planes(const Conv& conv, const Piece& piece, const Axes& axes, cons
         columns = axes.x.span(larger(columns.end, piece.x_begin), piece.x_end);
         lookup.runs.find(conv, from, begin, end, rows.taps, columns.taps);
         const auto spans = [&](auto&& output) { lookup.spans(conv, from, axes, piece, rows, columns, output); };
-        const Place there =
-            place_at(conv, at, piece.image, 0, 0, rows.taps.count() * columns.taps.count());
+        const Place there = place_at(conv, at, piece.image, 0, 0, rows.taps.count() * columns.taps.count());
         if (end == words && conv.integers)
-          spans(PixelOutput<IntegerPixels<P, A, kLookupBlocks>, P, A>(conv, there, blocks));
+          spans(PixelOutput<IntegerPixels, P, A>(conv, there, blocks));
         else if (end == words)
-          spans(PixelOutput<FloatPixels<P, A, kLookupBlocks>, P, A>(conv, there, blocks));
+          spans(PixelOutput<FloatPixels, P, A>(conv, there, blocks));
         else if (lookup.runs.count || lookup.at_first)
           spans(NoPixels());
       }

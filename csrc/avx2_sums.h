@@ -1,10 +1,14 @@
 // AVX2: sums of 16 bits on their way out, all channels of a pixel at once, while they are in the nearest cache.
 #pragma once
 
+#include <math.h>
+
 #include "kernel_output.h"
 
 namespace foldbit {
 namespace {
+
+constexpr int kLookupBlocks = 8;  // of channels, at most, side by side in sums: enough that loading a table is worth it
 
 // The sums of a pixel: [channels] of one plane, and `plane` after that of the next.
 struct PixelSums {
@@ -18,11 +22,10 @@ struct PixelSums {
 };
 
 // Integers of whole blocks.
-template <class P, int A, int kMost>
+template <class P, int A>
 struct IntegerPixels {
-  template <class V, int kPlanes>
-  using Block = IntegerOutput<V, kPlanes>;
-  const IntegerOutput<P, A> first;
+  using Block = IntegerOutput<P, A>;
+  const Block first;
 
   IntegerPixels(const Conv& conv, const Place& at, int64_t) : first(conv, at, 0) {}
 
@@ -35,14 +38,13 @@ struct IntegerPixels {
 };
 
 // Floats of whole blocks.
-template <class P, int A, int kMost>
+template <class P, int A>
 struct FloatPixels {
-  template <class V, int kPlanes>
-  using Block = FloatOutput<V, kPlanes>;
+  using Block = FloatOutput<P, A>;
   const FloatOperands from;
   const int64_t pixel_step, scale_step, blocks;
   const int32_t positions;
-  alignas(32) float scales[A][kMost * kLanes];
+  alignas(32) float scales[A][kLookupBlocks * kLanes];
 
   FloatPixels(const Conv& conv, const Place& at, int64_t blocks)
       : from(conv, at, A),
@@ -73,9 +75,9 @@ struct FloatPixels {
     const int64_t offset = pixel * pixel_step;
     float* to = from.out + offset;
     const float* begin = from.bias ? from.bias : to;
-    const float *slopes = from.slopes, *residual = from.residual + offset;
+    const float *slopes = from.slopes, *residual = kResidual ? from.residual + offset : nullptr;
     const int32_t k = positions;
-    const auto low = P::broadcast(from.relu ? 0.0f : -__builtin_inff());
+    const auto low = P::broadcast(from.relu ? 0.0f : -INFINITY);
     for (int64_t c = 0; c < channels; c += kLanes) {
       auto sum = P::load(begin + c);
       FOLDBIT_UNROLL
@@ -95,11 +97,11 @@ struct NoPixels {
 };
 
 // A place's blocks of channels, of all pixels that have the same taps inside the image.
-template <class Pixels, class P, int A>
+template <template <class, int> class Pixels, class P, int A>
 struct PixelOutput {
-  Pixels whole;
-  const typename Pixels::template Block<P, A> last;  // block, where it is incomplete
-  const int64_t channels;                            // of whole blocks
+  Pixels<P, A> whole;
+  const typename Pixels<P, A>::Block last;  // where it is incomplete
+  const int64_t channels;                   // of whole blocks
   const bool incomplete;
 
   PixelOutput(const Conv& conv, const Place& at, int64_t blocks)

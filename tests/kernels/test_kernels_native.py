@@ -134,6 +134,23 @@ def test_thresholds_slopes_and_residuals_too(problem, data, threads):
             np.testing.assert_array_equal(got, y, err_msg=isa)
 
 
+@pytest.mark.parametrize("isa", ["reference", *ISAS])
+@pytest.mark.parametrize("out", [8, 40])  # an incomplete block, and whole ones
+def test_relu_of_infinities_and_no_numbers(isa, out):
+    """As torch's: 0 of minus infinity, no number of none."""
+    w = layout.disk_to_kernel(np.zeros((1, out, 1, 1, 1), np.uint8), 1)
+    one, relu = np.ones((1, out, 1), np.float32), np.zeros(out, np.float32)
+    expected = {-np.inf: 0, np.inf: np.inf, np.nan: np.nan, -2: 0, 3: 3}
+    for scale, each in expected.items():  # of the activations, 16 pixels of 1: enough to look up
+        x, scales = np.ones((1, 1, 4, 4), np.float32), np.full((1, 1), scale, np.float32)
+        if isa == "reference":
+            y = reference.conv(x, w, one, scales, out_size=(4, 4), slopes=relu)
+        else:
+            with native.use(isa):
+                y = native.conv(x, w, one, scales, out_size=(4, 4), slopes=relu)
+        np.testing.assert_array_equal(y, np.full((1, 4, 4, out), each, np.float32))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("channels, out", [(64, 40), (480, 80), (1000, 128), (1000, 150)])
 def test_counts_where_every_bit_differs(isa, channels, out):
