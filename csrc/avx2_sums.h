@@ -1,8 +1,6 @@
 // AVX2: sums of 16 bits on their way out, all channels of a pixel at once, while they are in the nearest cache.
 #pragma once
 
-#include <math.h>
-
 #include "kernel_output.h"
 
 namespace foldbit {

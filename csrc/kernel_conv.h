@@ -37,7 +37,7 @@ Interior interior(int64_t stride, int64_t pad, int64_t dilation, int64_t taps, i
   return {begin, larger(begin, end)};
 }
 
-// One tile's walk: pixels in a row, all with the same taps. Strides in words.
+// The walk of tiles in a row: pixels that all have the same taps. Strides in words.
 struct Walk {
   const uint32_t* activations;  // first tap of the first pixel
   int64_t plane, pixel, tap_y, tap_x;
@@ -46,91 +46,74 @@ struct Walk {
   int64_t rows, columns, words;
 };
 
-// How many bits differ in a tile of P pixels, A activation planes and B blocks of output channels.
+// How many bits differ, of P pixels a tile, A activation planes and B blocks of output channels: differ is
+// [tiles][P][A][B]. A function of its own, so that its loop has the registers to itself.
 template <class V, int P, int A, int B>
-struct Differences {
-  static constexpr int kSize = P * A * B;
-  typename V::Ints all[kSize];
-  const typename V::Ints& at(int pixel, int plane, int block) const {
-    return all[(pixel * A + plane) * B + block];
-  }
-};
-
-// A function of its own, so that its loop has the registers to itself.
-template <class V, int P, int A, int B>
-FOLDBIT_NOINLINE Differences<V, P, A, B> count_differences(const Walk& walk) {
+FOLDBIT_NOINLINE void count_tiles(const Walk& walk, int64_t tiles, typename V::Ints* differ) {
   constexpr bool kFills = V::kRoom < INT_MAX;
-  Differences<V, P, A, B> total;
-  typename V::Counts counts[total.kSize];
-  FOLDBIT_UNROLL
-  for (int i = 0; i < total.kSize; ++i) {
-    counts[i] = V::no_counts();
-    if (kFills) total.all[i] = V::no_ints();
-  }
-  int64_t room = V::kRoom;
-  for (int64_t y = 0; y < walk.rows; ++y) {
-    for (int64_t x = 0; x < walk.columns; ++x) {
-      const uint32_t* activation = walk.activations + y * walk.tap_y + x * walk.tap_x;
-      const uint32_t* weight = walk.weights + y * walk.weight_y + x * walk.words * kLanes;
-      for (int64_t left = walk.words, now; left > 0; left -= now) {
-        now = kFills ? smaller(left, room) : left;
-        for (int64_t i = 0; i < now; ++i, ++activation, weight += kLanes) {
-          typename V::Words w[B];
-          FOLDBIT_UNROLL
-          for (int b = 0; b < B; ++b) w[b] = V::load(weight + b * walk.weight_block);
-          FOLDBIT_UNROLL
-          for (int pa = 0; pa < P * A; ++pa) {
-            const auto a = V::broadcast(activation[pa / A * walk.pixel + pa % A * walk.plane]);
+  constexpr int kSize = P * A * B;
+  const uint32_t* tile = walk.activations;
+  for (; tiles > 0; --tiles, tile += P * walk.pixel, differ += kSize) {
+    typename V::Ints total[kSize];
+    typename V::Counts counts[kSize];
+    FOLDBIT_UNROLL
+    for (int i = 0; i < kSize; ++i) {
+      counts[i] = V::no_counts();
+      if (kFills) total[i] = V::no_ints();
+    }
+    int64_t room = V::kRoom;
+    const uint32_t *row = tile, *weight_row = walk.weights;
+    for (int64_t y = walk.rows; y > 0; --y, row += walk.tap_y, weight_row += walk.weight_y) {
+      const uint32_t *tap = row, *weight = weight_row;
+      for (int64_t x = walk.columns; x > 0; --x, tap += walk.tap_x) {
+        const uint32_t* activation = tap;
+        for (int64_t left = walk.words, now; left > 0; left -= now) {
+          now = kFills ? smaller(left, room) : left;
+          for (int64_t i = 0; i < now; ++i, ++activation, weight += kLanes) {
+            typename V::Words w[B];
             FOLDBIT_UNROLL
-            for (int b = 0; b < B; ++b) counts[pa * B + b] = V::count(counts[pa * B + b], a, w[b]);
+            for (int b = 0; b < B; ++b) w[b] = V::load(weight + b * walk.weight_block);
+            FOLDBIT_UNROLL
+            for (int pa = 0; pa < P * A; ++pa) {
+              const auto a = V::broadcast(activation[pa / A * walk.pixel + pa % A * walk.plane]);
+              FOLDBIT_UNROLL
+              for (int b = 0; b < B; ++b) counts[pa * B + b] = V::count(counts[pa * B + b], a, w[b]);
+            }
           }
-        }
-        if (kFills && (room -= now) == 0) {
-          room = V::kRoom;
-          FOLDBIT_UNROLL
-          for (int i = 0; i < total.kSize; ++i) {
-            total.all[i] = V::widen(total.all[i], counts[i]);
-            counts[i] = V::no_counts();
+          if (kFills && (room -= now) == 0) {
+            room = V::kRoom;
+            FOLDBIT_UNROLL
+            for (int i = 0; i < kSize; ++i) {
+              total[i] = V::widen(total[i], counts[i]);
+              counts[i] = V::no_counts();
+            }
           }
         }
       }
     }
-  }
-  FOLDBIT_UNROLL
-  for (int i = 0; i < total.kSize; ++i) total.all[i] = V::widen(kFills ? total.all[i] : V::no_ints(), counts[i]);
-  return total;
-}
-
-template <class V, template <class, int> class Output, int P, int A, int B>
-void finish_tile(const Conv& conv, const Place& at, const Differences<V, P, A, B>& differ) {
-  for (int b = 0; b < B; ++b) {
-    const Output<V, A> output(conv, at, b);
     FOLDBIT_UNROLL
-    for (int p = 0; p < P; ++p) {
-      typename V::Ints planes[A];
-      FOLDBIT_UNROLL
-      for (int a = 0; a < A; ++a) planes[a] = differ.at(p, a, b);
-      output.write(p, planes);
-    }
+    for (int i = 0; i < kSize; ++i) differ[i] = V::widen(kFills ? total[i] : V::no_ints(), counts[i]);
   }
 }
 
+// The function for tiles of `pixels` pixels, 1 <= pixels <= P.
 template <class V, int P, int A, int B>
-void run_tile(const Conv& conv, const Walk& walk, const Place& at) {
-  const auto differ = count_differences<V, P, A, B>(walk);
-  if (conv.integers)
-    finish_tile<V, IntegerOutput>(conv, at, differ);
-  else
-    finish_tile<V, FloatOutput>(conv, at, differ);
-}
-
-// The function for a tile of `pixels` pixels, 1 <= pixels <= P.
-template <class V, int P, int A, int B>
-auto tile_function(int64_t pixels) {
+auto tiles_function(int64_t pixels) {
   if constexpr (P > 1) {
-    if (pixels < P) return tile_function<V, P - 1, A, B>(pixels);
+    if (pixels < P) return tiles_function<V, P - 1, A, B>(pixels);
   }
-  return &run_tile<V, P, A, B>;
+  return &count_tiles<V, P, A, B>;
+}
+
+// Any number of pixels in a row, in tiles of at most P.
+template <class V, int P, int A, int B>
+void count_row(Walk walk, int64_t pixels, typename V::Ints* differ) {
+  const int64_t tile = ceil_div(pixels, ceil_div(pixels, P));  // even ones, no small rest
+  const int64_t tiles = pixels / tile, rest = pixels % tile;
+  tiles_function<V, P, A, B>(tile)(walk, tiles, differ);
+  if (rest == 0) return;
+  walk.activations += tiles * tile * walk.pixel;
+  tiles_function<V, P, A, B>(rest)(walk, 1, differ + tiles * tile * A * B);
 }
 
 // Where the operands of one weight plane, from one activation plane on, begin. Strides in words.
@@ -210,23 +193,24 @@ void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& 
   walk.tap_y = conv.dilation_h * from.activation_y;
   walk.weight_y = conv.kernel_w * from.weight_tap;
   walk.weight_block = from.weight_block;
+  const bool joined = walk.tap_x == conv.words;  // neighbouring taps are neighbours in memory: one long run of words
+  typename V::Ints differ[kRowPixels * A * B];
   for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
     const Taps rows = axes.y.span(y, y + 1).taps;
     const uint32_t* row = from.activations + axes.y.tap(y, rows.begin) * from.activation_y;
     const uint32_t* weights = from.weights + rows.begin * walk.weight_y;
     walk.rows = rows.count();
-    for_tiles(axes.x, piece, kPixels, [&](int64_t x, int64_t pixels, Taps columns) {
-      walk.activations = row + axes.x.tap(x, columns.begin) * from.activation_x;
+    for (Span span{piece.x_begin, piece.x_begin, {}}; span.end < piece.x_end;) {
+      span = axes.x.span(span.end, smaller(span.end + kRowPixels, piece.x_end));
+      const Taps columns = span.taps;
+      walk.activations = row + axes.x.tap(span.begin, columns.begin) * from.activation_x;
       walk.weights = weights + columns.begin * from.weight_tap;
-      walk.columns = columns.count();
-      walk.words = conv.words;
-      if (walk.tap_x == walk.words) {  // neighbouring taps are neighbours in memory: one long run of words
-        walk.words *= walk.columns;
-        walk.columns = 1;
-      }
-      const int64_t taps = rows.count() * columns.count();
-      tile_function<V, kPixels, A, B>(pixels)(conv, walk, place_at(conv, at, piece.image, y, x, taps));
-    });
+      walk.columns = joined ? smaller(columns.count(), 1) : columns.count();
+      walk.words = joined ? columns.count() * conv.words : conv.words;
+      count_row<V, kPixels, A, B>(walk, span.count(), differ);
+      write_row<V, A, B>(conv, place_at(conv, at, piece.image, y, span.begin, rows.count() * columns.count()), differ,
+                         span.count());
+    }
   }
 }
 

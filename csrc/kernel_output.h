@@ -1,10 +1,14 @@
 // Results on their way out: the integers, or the floats that scales, bias, nonlinearity and shortcut make of them.
 #pragma once
 
+#include <math.h>
+
 #include "kernel.h"
 
 namespace foldbit {
 namespace {
+
+constexpr int kRowPixels = 64;  // in a row, at most, that are written together
 
 // Where results go.
 struct Place {
@@ -118,6 +122,66 @@ struct FloatOutput {
     store_some<V>(out + p * pixel, sum, lanes);
   }
 };
+
+// A row of pixels' floats, in B whole blocks of channels; differ is [pixels][A][B].
+template <class V, int A, int B, bool kResidual, bool kSlopes>
+FOLDBIT_NOINLINE void write_floats(const FloatOperands& from, int64_t pixel, int32_t positions,
+                                   const typename V::Ints* differ, int64_t pixels) {
+  typename V::Floats bias[B], scales[A * B], slopes[B];
+  FOLDBIT_UNROLL
+  for (int b = 0; b < B; ++b) {
+    const auto weight_scale = V::load(from.weight_scales + b * from.weight_scale_step);
+    for (int a = 0; a < A; ++a) scales[a * B + b] = V::mul(weight_scale, V::broadcast(from.activation_scales[a]));
+    if (from.bias) bias[b] = V::load(from.bias + b * kLanes);
+    if (kSlopes) slopes[b] = V::load(from.slopes + b * kLanes);
+  }
+  const auto low = V::broadcast(from.relu ? 0.0f : -INFINITY);
+  const bool first = from.bias;
+  const float* residual = from.residual;
+  float* out = from.out;
+  for (; pixels > 0; --pixels, out += pixel, differ += A * B) {
+    FOLDBIT_UNROLL
+    for (int b = 0; b < B; ++b) {
+      auto sum = first ? bias[b] : V::load(out + b * kLanes);
+      FOLDBIT_UNROLL
+      for (int a = 0; a < A; ++a)
+        sum = V::add(sum, V::mul(scales[a * B + b], V::to_float(V::matches(positions, differ[a * B + b]))));
+      sum = V::at_least(sum, low);
+      if (kSlopes) sum = V::leaky(sum, slopes[b]);
+      if (kResidual) sum = V::add(sum, V::load(residual + b * kLanes));
+      V::store(out + b * kLanes, sum);
+    }
+    if (kResidual) residual += pixel;
+  }
+}
+
+// A row of pixels in B blocks of channels, from what differs: [pixels][A][B].
+template <class V, int A, int B>
+void write_row(const Conv& conv, const Place& at, const typename V::Ints* differ, int64_t pixels) {
+  const auto one_by_one = [&](const auto& output, int b) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      typename V::Ints planes[A];
+      for (int a = 0; a < A; ++a) planes[a] = differ[(p * A + a) * B + b];
+      output.write(p, planes);
+    }
+  };
+  if (conv.integers) {
+    for (int b = 0; b < B; ++b) one_by_one(IntegerOutput<V, A>(conv, at, b), b);
+  } else if (at.lanes(B - 1) < kLanes) {
+    for (int b = 0; b < B; ++b) one_by_one(FloatOutput<V, A>(conv, at, b), b);
+  } else {
+    FloatOperands from(conv, at, A);
+    const auto write = from.residual ? from.slopes ? write_floats<V, A, B, true, true> : write_floats<V, A, B, true, false>
+                       : from.slopes ? write_floats<V, A, B, false, true> : write_floats<V, A, B, false, false>;
+    if (!conv.scale_step) return write(from, conv.out_channels, at.positions, differ, pixels);
+    for (; pixels > 0; --pixels, differ += A * B) {
+      write(from, conv.out_channels, at.positions, differ, 1);
+      from.out += conv.out_channels;
+      from.activation_scales += conv.scale_step;
+      if (from.residual) from.residual += conv.out_channels;
+    }
+  }
+}
 
 }  // namespace
 }  // namespace foldbit

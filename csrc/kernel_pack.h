@@ -28,26 +28,32 @@ void walk_thresholds(Compare compare, Visit visit) {
   }
 }
 
-// Channels side by side in memory (channels-last): lanes are channels. kWhole: a run is whole words.
+// Channels side by side in memory (channels-last): lanes are channels. kWhole: runs are whole words, and so as good as
+// one run.
 template <class V, int kPlanes, bool kWhole>
-void compare_channel_lanes(const Pack& pack, const float* x, uint32_t* out, int64_t plane) {
-  const int64_t channels = pack.channels / pack.runs;
+void compare_channel_lanes(const Pack& pack, const float* row, int64_t pixels, uint32_t* out, int64_t plane) {
+  const int64_t runs = kWhole ? 1 : pack.runs;
+  const int64_t channels = pack.channels / runs, step = pack.stride_x;
   const int64_t node = pack.runs * pack.words * kWordBits;
-  const float* thresholds = pack.thresholds;
-  const uint32_t* flips = pack.flips;
-  for (int64_t run = 0; run < pack.runs; ++run, x += channels)
-    for (int64_t first = 0; first < channels; first += kWordBits, ++out, ++flips, thresholds += kWordBits) {
-      const int lanes = kWhole ? kWordBits : static_cast<int>(smaller(channels - first, kWordBits));
-      const uint32_t used = lanes == kWordBits ? ~0u : (1u << lanes) - 1;
-      const auto low = load_some<V>(x + first, static_cast<int>(smaller(lanes, kLanes)));
-      const auto high = load_some<V>(x + first + kLanes, static_cast<int>(larger(lanes - kLanes, 0)));
-      walk_thresholds<kPlanes>(
-          [&](int i) {
-            const float* t = thresholds + i * node;
-            return V::below(low, high, V::load(t), V::load(t + kLanes));
-          },
-          [&](int level, uint32_t bits) { out[level * plane] = (bits ^ *flips) & used; });
-    }
+  const float* all_thresholds = pack.thresholds;
+  const uint32_t* all_flips = pack.flips;
+  for (; pixels > 0; --pixels, row += step) {
+    const float *x = row, *thresholds = all_thresholds;
+    const uint32_t* flips = all_flips;
+    for (int64_t run = 0; run < runs; ++run, x += channels)
+      for (int64_t first = 0; first < channels; first += kWordBits, ++out, ++flips, thresholds += kWordBits) {
+        const int lanes = kWhole ? kWordBits : static_cast<int>(smaller(channels - first, kWordBits));
+        const uint32_t used = lanes == kWordBits ? ~0u : (1u << lanes) - 1;
+        const auto low = load_some<V>(x + first, static_cast<int>(smaller(lanes, kLanes)));
+        const auto high = load_some<V>(x + first + kLanes, static_cast<int>(larger(lanes - kLanes, 0)));
+        walk_thresholds<kPlanes>(
+            [&](int i) {
+              const float* t = thresholds + i * node;
+              return V::below(low, high, V::load(t), V::load(t + kLanes));
+            },
+            [&](int level, uint32_t bits) { out[level * plane] = (bits ^ *flips) & used; });
+      }
+  }
 }
 
 template <class V>
@@ -121,17 +127,14 @@ void pack_row_by(const Pack& pack, int64_t image, int64_t y, int64_t begin, int6
   const int64_t plane = pack.images * pack.height * pack.width * pixel;
   uint32_t* out = pack.out + (image * pack.height + y) * pack.width * pixel;
   if (pack.stride_channel == 1) {
-    const bool whole = pack.channels == pixel * kWordBits;
-    for (int64_t x = begin; x < end; ++x) {
-      const float* from = row + x * pack.stride_x;
-      if constexpr (kThresholdPlanes > 0) {
-        if (whole)
-          compare_channel_lanes<V, kThresholdPlanes, true>(pack, from, out + x * pixel, plane);
-        else
-          compare_channel_lanes<V, kThresholdPlanes, false>(pack, from, out + x * pixel, plane);
-      } else {
-        pack_channel_lanes<V>(pack, from, scales, out + x * pixel, plane);
-      }
+    if constexpr (kThresholdPlanes > 0) {
+      const bool whole = pack.channels == pixel * kWordBits;
+      const auto compare = whole ? compare_channel_lanes<V, kThresholdPlanes, true>
+                                 : compare_channel_lanes<V, kThresholdPlanes, false>;
+      compare(pack, row + begin * pack.stride_x, end - begin, out + begin * pixel, plane);
+    } else {
+      for (int64_t x = begin; x < end; ++x)
+        pack_channel_lanes<V>(pack, row + x * pack.stride_x, scales, out + x * pixel, plane);
     }
   } else {
     for (int64_t x = begin; x < end; x += kLanes)
