@@ -168,15 +168,15 @@ struct Axes {
         x(conv.stride_w, conv.pad_left, conv.dilation_w, conv.kernel_w, conv.width, conv.out_width) {}
 };
 
-// Along a piece's row: body(x, pixels, columns) for tiles of up to `most` pixels with the same taps inside.
+// Calls body(y, rows, columns) for every output row of a piece, in spans of at most kRowPixels pixels.
 template <class Body>
-void for_tiles(const Axis& axis, const Piece& piece, int64_t most, const Body& body) {
-  for (int64_t x = piece.x_begin; x < piece.x_end;) {
-    const Span span = axis.span(x, piece.x_end);
-    const int64_t tile = ceil_div(span.count(), ceil_div(span.count(), most));  // even ones, no small rest
-    for (int64_t pixels; x < span.end; x += pixels) {
-      pixels = smaller(tile, span.end - x);
-      body(x, pixels, span.taps);
+void for_spans(const Axes& axes, const Piece& piece, const Body& body) {
+  for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
+    const Taps rows = axes.y.span(y, y + 1).taps;
+    for (int64_t x = piece.x_begin; x < piece.x_end;) {
+      const Span columns = axes.x.span(x, smaller(x + kRowPixels, piece.x_end));
+      body(y, rows, columns);
+      x = columns.end;
     }
   }
 }
@@ -195,23 +195,18 @@ void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& 
   walk.weight_block = from.weight_block;
   const bool joined = walk.tap_x == conv.words;  // neighbouring taps are neighbours in memory: one long run of words
   typename V::Ints differ[kRowPixels * A * B];
-  for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
-    const Taps rows = axes.y.span(y, y + 1).taps;
-    const uint32_t* row = from.activations + axes.y.tap(y, rows.begin) * from.activation_y;
-    const uint32_t* weights = from.weights + rows.begin * walk.weight_y;
+  for_spans(axes, piece, [&](int64_t y, Taps rows, const Span& columns) {
+    const int64_t taps = columns.taps.count();
+    walk.activations = from.activations + axes.y.tap(y, rows.begin) * from.activation_y +
+                       axes.x.tap(columns.begin, columns.taps.begin) * from.activation_x;
+    walk.weights = from.weights + rows.begin * walk.weight_y + columns.taps.begin * from.weight_tap;
     walk.rows = rows.count();
-    for (Span span{piece.x_begin, piece.x_begin, {}}; span.end < piece.x_end;) {
-      span = axes.x.span(span.end, smaller(span.end + kRowPixels, piece.x_end));
-      const Taps columns = span.taps;
-      walk.activations = row + axes.x.tap(span.begin, columns.begin) * from.activation_x;
-      walk.weights = weights + columns.begin * from.weight_tap;
-      walk.columns = joined ? smaller(columns.count(), 1) : columns.count();
-      walk.words = joined ? columns.count() * conv.words : conv.words;
-      count_row<V, kPixels, A, B>(walk, span.count(), differ);
-      write_row<V, A, B>(conv, place_at(conv, at, piece.image, y, span.begin, rows.count() * columns.count()), differ,
-                         span.count());
-    }
-  }
+    walk.columns = joined ? smaller(taps, 1) : taps;
+    walk.words = joined ? taps * conv.words : conv.words;
+    count_row<V, kPixels, A, B>(walk, columns.count(), differ);
+    const Place there = place_at(conv, at, piece.image, y, columns.begin, rows.count() * taps);
+    write_row<V, A, B>(conv, there, differ, columns.count());
+  });
 }
 
 // Calls body(A, place) for every segment, weight plane and one or two (A) activation planes, in the order the sum

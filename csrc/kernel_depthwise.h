@@ -10,9 +10,10 @@ namespace {
 
 constexpr int64_t kWordBlocks = kWordBits / kLanes;
 
-// P pixels in a row, A activation planes and one word of channels; a tap of the weights is walk.words words.
-template <class V, int P, int A>
-void depthwise_tile(const Walk& walk, const FloatOutput<V, A> (&outputs)[2], int64_t blocks) {
+// How many bits differ, of P pixels in a row, A activation planes and one word of channels, in B blocks: differ is
+// [P][A][B]. A tap of the weights is walk.words words.
+template <class V, int P, int A, int B>
+void depthwise_tile(const Walk& walk, typename V::Ints* differ) {
   typename V::Marks marks[P][A];
   FOLDBIT_UNROLL
   for (int i = 0; i < P * A; ++i) marks[i / A][i % A] = V::no_marks();
@@ -26,31 +27,25 @@ void depthwise_tile(const Walk& walk, const FloatOutput<V, A> (&outputs)[2], int
         marks[i / A][i % A] = V::count_marks(marks[i / A][i % A], a, weight);
       }
     }
-  const auto write = [&](int p, auto b) {
-    typename V::Ints differ[A];
-    FOLDBIT_UNROLL
-    for (int a = 0; a < A; ++a) differ[a] = V::marks_of(marks[p][a], b.value);
-    outputs[b.value].write(p, differ);
-  };
   FOLDBIT_UNROLL
-  for (int p = 0; p < P; ++p) {
-    write(p, Constant<0>());
-    if (blocks > 1) write(p, Constant<1>());
+  for (int i = 0; i < P * A; ++i) {
+    differ[i * B] = V::marks_of(marks[i / A][i % A], 0);
+    if (B > 1) differ[i * B + 1] = V::marks_of(marks[i / A][i % A], 1);
   }
 }
 
 // The function for a tile of `pixels` pixels, 1 <= pixels <= P.
-template <class V, int P, int A>
+template <class V, int P, int A, int B>
 auto depthwise_function(int64_t pixels) {
   if constexpr (P > 1) {
-    if (pixels < P) return depthwise_function<V, P - 1, A>(pixels);
+    if (pixels < P) return depthwise_function<V, P - 1, A, B>(pixels);
   }
-  return &depthwise_tile<V, P, A>;
+  return &depthwise_tile<V, P, A, B>;
 }
 
-// One weight plane, A activation planes and one word of channels, that is one or two blocks, through a piece.
-template <class V, int A>
-void sweep_depthwise(const Conv& conv, const Piece& piece, const Axes& axes, const Place& at, int64_t blocks) {
+// One weight plane, A activation planes and one word of channels, that is B blocks, through a piece.
+template <class V, int A, int B>
+void sweep_depthwise(const Conv& conv, const Piece& piece, const Axes& axes, const Place& at) {
   const int64_t word = at.first_block / kWordBlocks, row = conv.width * conv.words;
   const uint32_t* activations = conv.activations + at.activation_plane * conv.activation_plane +
                                 piece.image * conv.height * row + word;
@@ -62,18 +57,22 @@ void sweep_depthwise(const Conv& conv, const Piece& piece, const Axes& axes, con
   walk.tap_y = conv.dilation_h * row;
   walk.weight_y = conv.kernel_w * conv.words;
   walk.words = conv.words;
-  for (int64_t y = piece.y_begin; y < piece.y_end; ++y) {
-    const Taps rows = axes.y.span(y, y + 1).taps;
+  typename V::Ints differ[kRowPixels * A * B];
+  for_spans(axes, piece, [&](int64_t y, Taps rows, const Span& columns) {
+    const int64_t taps = columns.taps.count();
+    walk.activations =
+        activations + axes.y.tap(y, rows.begin) * row + axes.x.tap(columns.begin, columns.taps.begin) * conv.words;
+    walk.weights = weights + rows.begin * walk.weight_y + columns.taps.begin * walk.words;
     walk.rows = rows.count();
-    for_tiles(axes.x, piece, V::kMarks / A, [&](int64_t x, int64_t pixels, Taps columns) {
-      walk.columns = columns.count();
-      walk.activations = activations + axes.y.tap(y, rows.begin) * row + axes.x.tap(x, columns.begin) * conv.words;
-      walk.weights = weights + rows.begin * walk.weight_y + columns.begin * walk.words;
-      const Place there = place_at(conv, at, piece.image, y, x, rows.count() * columns.count());
-      const FloatOutput<V, A> outputs[] = {{conv, there, 0}, {conv, there, static_cast<int>(blocks) - 1}};
-      depthwise_function<V, V::kMarks / A, A>(pixels)(walk, outputs, blocks);
-    });
-  }
+    walk.columns = taps;
+    constexpr int64_t kPixels = V::kMarks / A;
+    for (int64_t done = 0, pixels; done < columns.count(); done += pixels, walk.activations += pixels * walk.pixel) {
+      pixels = smaller(kPixels, columns.count() - done);
+      depthwise_function<V, kPixels, A, B>(pixels)(walk, differ + done * A * B);
+    }
+    const Place there = place_at(conv, at, piece.image, y, columns.begin, rows.count() * taps);
+    write_row<V, A, B>(conv, there, differ, columns.count());
+  });
 }
 
 template <class V>
@@ -81,7 +80,10 @@ void depthwise_piece(const Conv& conv, const Piece& piece) {
   const Axes axes(conv);
   for_blocks(conv, piece, kWordBlocks, [&](int64_t blocks, const Place& first) {
     for_planes<(V::kMarks >= 2)>(conv, first, [&](auto a, const Place& at) {
-      sweep_depthwise<V, a.value>(conv, piece, axes, at, blocks);
+      if (blocks > 1)
+        sweep_depthwise<V, a.value, 2>(conv, piece, axes, at);
+      else
+        sweep_depthwise<V, a.value, 1>(conv, piece, axes, at);
     });
   });
 }

@@ -127,22 +127,22 @@ struct FloatOutput {
 template <class V, int A, int B, bool kResidual, bool kSlopes>
 FOLDBIT_NOINLINE void write_floats(const FloatOperands& from, int64_t pixel, int32_t positions,
                                    const typename V::Ints* differ, int64_t pixels) {
-  typename V::Floats bias[B], scales[A * B], slopes[B];
+  typename V::Floats scales[A * B], slopes[B];
   FOLDBIT_UNROLL
   for (int b = 0; b < B; ++b) {
     const auto weight_scale = V::load(from.weight_scales + b * from.weight_scale_step);
     for (int a = 0; a < A; ++a) scales[a * B + b] = V::mul(weight_scale, V::broadcast(from.activation_scales[a]));
-    if (from.bias) bias[b] = V::load(from.bias + b * kLanes);
     if (kSlopes) slopes[b] = V::load(from.slopes + b * kLanes);
   }
   const auto low = V::broadcast(from.relu ? 0.0f : -INFINITY);
-  const bool first = from.bias;
   const float* residual = from.residual;
   float* out = from.out;
-  for (; pixels > 0; --pixels, out += pixel, differ += A * B) {
+  const float* start = from.bias ? from.bias : out;
+  const int64_t start_step = from.bias ? 0 : pixel;
+  for (; pixels > 0; --pixels, out += pixel, start += start_step, differ += A * B) {
     FOLDBIT_UNROLL
     for (int b = 0; b < B; ++b) {
-      auto sum = first ? bias[b] : V::load(out + b * kLanes);
+      auto sum = V::load(start + b * kLanes);
       FOLDBIT_UNROLL
       for (int a = 0; a < A; ++a)
         sum = V::add(sum, V::mul(scales[a * B + b], V::to_float(V::matches(positions, differ[a * B + b]))));
