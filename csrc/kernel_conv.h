@@ -108,6 +108,7 @@ auto tiles_function(int64_t pixels) {
 // Any number of pixels in a row, in tiles of at most P.
 template <class V, int P, int A, int B>
 void count_row(Walk walk, int64_t pixels, typename V::Ints* differ) {
+  if (pixels <= P) return tiles_function<V, P, A, B>(pixels)(walk, 1, differ);
   const int64_t tile = ceil_div(pixels, ceil_div(pixels, P));  // even ones, no small rest
   const int64_t tiles = pixels / tile, rest = pixels % tile;
   tiles_function<V, P, A, B>(tile)(walk, tiles, differ);
