@@ -240,6 +240,24 @@ def test_pixelwise_convolutions_and_long_sums(isa, shape):
         np.testing.assert_array_equal(got, reference.conv(np.abs(x), w, *scales, out_size=shape[2:]))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("out", [16, 32, 24])  # whole blocks, and an incomplete one
+@pytest.mark.parametrize("shape, kernel", [((150, 40, 1, 1), 1), ((1, 40, 9, 20), 1), ((2, 40, 3, 150), 3)])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_rows_longer_than_what_goes_out_at_once(isa, out, shape, kernel, planes):
+    rng = np.random.default_rng(0)
+    x = channels_last(rng.standard_normal(shape, dtype=np.float32))
+    w = layout.disk_to_kernel(layout.pack_bits(rng.random((2, out, kernel, kernel, 40)) < 0.5), 40)
+    scales = rng.random((2, out, 1), dtype=np.float32), rng.random((shape[0], planes), dtype=np.float32)
+    options = dict(padding=(kernel // 2, kernel // 2), out_size=shape[2:])
+    options |= dict(residual=rng.standard_normal((shape[0], *shape[2:], out), dtype=np.float32))
+    options |= dict(slopes=rng.standard_normal(out, dtype=np.float32))
+    bias = rng.standard_normal(out, dtype=np.float32)
+    expected = reference.conv(x, w, *scales, bias, **options)
+    with native.use(isa):
+        np.testing.assert_array_equal(native.conv(x, w, *scales, bias, **options), expected)
+
+
 def test_more_images_than_the_workspace_holds():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 16, 96, 96), dtype=np.float32)

@@ -66,17 +66,17 @@ struct Problem {
   std::vector<float> x, scales, thresholds, weight_scales, bias, slopes, residual;
   std::vector<uint32_t> flips, weights, packed;
   std::vector<int32_t> integers;
-  const bool depthwise = any() % 4 == 0;
+  const bool depthwise = any() % 4 == 0, linear = any() % 8 == 0;
   bool relu;
 
   Problem() {
     const int64_t groups = depthwise ? between(2, 80) : between(1, 3), segments = groups == 1 ? between(1, 2) : 1;
     const int64_t runs = groups * segments, run = depthwise ? 1 : between(1, 70), words = ceil_div(run, kWordBits);
     const int64_t per_group = depthwise ? 1 : between(1, 90);
-    pack.images = between(1, 2);
+    pack.images = linear ? between(1, 80) : between(1, 2);
     pack.channels = runs * run;
-    pack.height = between(1, 7);
-    pack.width = between(1, 20);
+    pack.height = linear ? 1 : between(1, 7);
+    pack.width = linear ? 1 : between(1, 20);
     const bool channels_last = any() & 1;
     const int64_t pixels = pack.height * pack.width;
     pack.stride_channel = channels_last ? 1 : pixels;
@@ -106,16 +106,17 @@ struct Problem {
     conv.channels = run;
     conv.blocks = ceil_div(per_group, kLanes);
     conv.out_channels = groups * per_group;
-    conv.kernel_h = between(1, 3);
-    conv.kernel_w = between(1, 3);
-    conv.stride_h = between(1, 2);
-    conv.stride_w = between(1, 2);
-    conv.pad_top = between(0, 2);
-    conv.pad_left = between(0, 2);
-    conv.dilation_h = between(1, 2);
-    conv.dilation_w = between(1, 2);
-    conv.out_height = between(1, 7);
-    conv.out_width = between(1, 20);
+    const auto side = [&](int64_t low, int64_t high) { return linear ? low : between(low, high); };
+    conv.kernel_h = side(1, 3);
+    conv.kernel_w = side(1, 3);
+    conv.stride_h = side(1, 2);
+    conv.stride_w = side(1, 2);
+    conv.pad_top = side(0, 2);
+    conv.pad_left = side(0, 2);
+    conv.dilation_h = side(1, 2);
+    conv.dilation_w = side(1, 2);
+    conv.out_height = side(1, 7);
+    conv.out_width = side(1, 20);
     conv.weight_planes = static_cast<int>(between(1, 2));
     conv.activation_planes = pack.planes;
     weights = draw(conv.weight_planes * groups * conv.blocks * segments * conv.kernel_h * conv.kernel_w * words *
