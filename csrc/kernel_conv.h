@@ -202,7 +202,7 @@ void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& 
                        axes.x.tap(columns.begin, columns.taps.begin) * from.activation_x;
     walk.weights = from.weights + rows.begin * walk.weight_y + columns.taps.begin * from.weight_tap;
     walk.rows = rows.count();
-    walk.columns = joined ? smaller(taps, 1) : taps;
+    walk.columns = joined ? 1 : taps;
     walk.words = joined ? taps * conv.words : conv.words;
     count_row<V, kPixels, A, B>(walk, columns.count(), differ);
     const Place there = place_at(conv, at, piece.image, y, columns.begin, rows.count() * taps);
