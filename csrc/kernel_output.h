@@ -171,8 +171,8 @@ void write_row(const Conv& conv, const Place& at, const typename V::Ints* differ
     for (int b = 0; b < B; ++b) one_by_one(FloatOutput<V, A>(conv, at, b), b);
   } else {
     FloatOperands from(conv, at, A);
-    const auto write = from.residual ? from.slopes ? write_floats<V, A, B, true, true> : write_floats<V, A, B, true, false>
-                       : from.slopes ? write_floats<V, A, B, false, true> : write_floats<V, A, B, false, false>;
+    auto write = from.residual ? write_floats<V, A, B, true, false> : write_floats<V, A, B, false, false>;
+    if (from.slopes) write = from.residual ? write_floats<V, A, B, true, true> : write_floats<V, A, B, false, true>;
     if (!conv.scale_step) return write(from, conv.out_channels, at.positions, differ, pixels);
     for (; pixels > 0; --pixels, differ += A * B) {
       write(from, conv.out_channels, at.positions, differ, 1);
