@@ -83,6 +83,6 @@ struct Avx512 {
 
 const Kernels avx512_kernels = {
     "avx512", kAvx512F | kAvx512Vpopcntdq, pack_row<Avx512>, conv_piece<Avx512>, depthwise_piece<Avx512>,
-    64, Avx512::kBlocks, row_kernels<float>(), row_kernels<double>()};
+    kRowPixels, Avx512::kBlocks, row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

@@ -105,16 +105,14 @@ auto tiles_function(int64_t pixels) {
   return &count_tiles<V, P, A, B>;
 }
 
-// Any number of pixels in a row, in tiles of at most P.
-template <class V, int P, int A, int B>
-void count_row(Walk walk, int64_t pixels, typename V::Ints* differ) {
-  if (pixels <= P) return tiles_function<V, P, A, B>(pixels)(walk, 1, differ);
-  const int64_t tile = ceil_div(pixels, ceil_div(pixels, P));  // even ones, no small rest
-  const int64_t tiles = pixels / tile, rest = pixels % tile;
-  tiles_function<V, P, A, B>(tile)(walk, tiles, differ);
-  if (rest == 0) return;
-  walk.activations += tiles * tile * walk.pixel;
-  tiles_function<V, P, A, B>(rest)(walk, 1, differ + tiles * tile * A * B);
+// Calls body(size, tiles, first pixel) for a row of pixels in tiles of at most `most`, as even as can be: first the
+// larger ones.
+template <class Body>
+void for_tiles(int64_t pixels, int64_t most, const Body& body) {
+  if (pixels <= most) return body(pixels, int64_t{1}, int64_t{0});  // spares the divisions where they would show
+  const int64_t tiles = ceil_div(pixels, most), size = pixels / tiles, larger = pixels % tiles;
+  if (larger > 0) body(size + 1, larger, int64_t{0});
+  body(size, tiles - larger, larger * (size + 1));
 }
 
 // Where the operands of one weight plane, from one activation plane on, begin. Strides in words.
@@ -204,9 +202,15 @@ void sweep(const Conv& conv, const Piece& piece, const Axes& axes, const Place& 
     walk.rows = rows.count();
     walk.columns = joined ? 1 : taps;
     walk.words = joined ? taps * conv.words : conv.words;
-    count_row<V, kPixels, A, B>(walk, columns.count(), differ);
+    for_tiles(columns.count(), kPixels, [&](int64_t size, int64_t tiles, int64_t first) {
+      tiles_function<V, kPixels, A, B>(size)(walk, tiles, differ + first * A * B);
+      walk.activations += tiles * size * walk.pixel;
+    });
     const Place there = place_at(conv, at, piece.image, y, columns.begin, rows.count() * taps);
-    write_row<V, A, B>(conv, there, differ, columns.count());
+    if (conv.integers)
+      write_integers<V, A, B>(conv, there, differ, columns.count());
+    else
+      write_floats<V, A, B>(conv, there, differ, columns.count());
   });
 }
 

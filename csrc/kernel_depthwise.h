@@ -66,12 +66,12 @@ void sweep_depthwise(const Conv& conv, const Piece& piece, const Axes& axes, con
     walk.rows = rows.count();
     walk.columns = taps;
     constexpr int64_t kPixels = V::kMarks / A;
-    for (int64_t done = 0, pixels; done < columns.count(); done += pixels, walk.activations += pixels * walk.pixel) {
-      pixels = smaller(kPixels, columns.count() - done);
-      depthwise_function<V, kPixels, A, B>(pixels)(walk, differ + done * A * B);
-    }
+    for_tiles(columns.count(), kPixels, [&](int64_t size, int64_t tiles, int64_t first) {
+      for (int64_t tile = 0; tile < tiles; ++tile, walk.activations += size * walk.pixel)
+        depthwise_function<V, kPixels, A, B>(size)(walk, differ + (first + tile * size) * A * B);
+    });
     const Place there = place_at(conv, at, piece.image, y, columns.begin, rows.count() * taps);
-    write_row<V, A, B>(conv, there, differ, columns.count());
+    write_floats<V, A, B>(conv, there, differ, columns.count());
   });
 }
 

@@ -8,7 +8,7 @@
 namespace foldbit {
 namespace {
 
-constexpr int kRowPixels = 64;  // in a row, at most, that are written together
+constexpr int kRowPixels = 64;  // written together, at most: what differs takes up to half of a nearest cache
 
 // Where results go.
 struct Place {
@@ -123,18 +123,35 @@ struct FloatOutput {
   }
 };
 
-// A row of pixels' floats, in B whole blocks of channels; differ is [pixels][A][B].
+// Block b of a row of pixels, from what differs: [pixels][A][B].
+template <class V, int A, int B, class Output>
+void write_block(const Output& output, int b, const typename V::Ints* differ, int64_t pixels) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    typename V::Ints planes[A];
+    FOLDBIT_UNROLL
+    for (int a = 0; a < A; ++a) planes[a] = differ[(p * A + a) * B + b];
+    output.write(p, planes);
+  }
+}
+
+template <class V, int A, int B>
+void write_integers(const Conv& conv, const Place& at, const typename V::Ints* differ, int64_t pixels) {
+  for (int b = 0; b < B; ++b) write_block<V, A, B>(IntegerOutput<V, A>(conv, at, b), b, differ, pixels);
+}
+
+// B whole blocks of channels. A function of its own, so that its loop has the registers to itself.
 template <class V, int A, int B, bool kResidual, bool kSlopes>
-FOLDBIT_NOINLINE void write_floats(const FloatOperands& from, int64_t pixel, int32_t positions,
-                                   const typename V::Ints* differ, int64_t pixels) {
+FOLDBIT_NOINLINE void write_whole_blocks(const FloatOperands& from, int64_t pixel, int32_t positions,
+                                         const typename V::Ints* differ, int64_t pixels) {
   typename V::Floats scales[A * B], slopes[B];
   FOLDBIT_UNROLL
   for (int b = 0; b < B; ++b) {
     const auto weight_scale = V::load(from.weight_scales + b * from.weight_scale_step);
+    FOLDBIT_UNROLL
     for (int a = 0; a < A; ++a) scales[a * B + b] = V::mul(weight_scale, V::broadcast(from.activation_scales[a]));
     if (kSlopes) slopes[b] = V::load(from.slopes + b * kLanes);
   }
-  const auto low = V::broadcast(from.relu ? 0.0f : -INFINITY);
+  const auto low = V::broadcast(from.relu ? 0.0f : -INFINITY);  // a maximum is cheaper than to decide for each value
   const float* residual = from.residual;
   float* out = from.out;
   const float* start = from.bias ? from.bias : out;
@@ -155,31 +172,22 @@ FOLDBIT_NOINLINE void write_floats(const FloatOperands& from, int64_t pixel, int
   }
 }
 
-// A row of pixels in B blocks of channels, from what differs: [pixels][A][B].
 template <class V, int A, int B>
-void write_row(const Conv& conv, const Place& at, const typename V::Ints* differ, int64_t pixels) {
-  const auto one_by_one = [&](const auto& output, int b) {
-    for (int64_t p = 0; p < pixels; ++p) {
-      typename V::Ints planes[A];
-      for (int a = 0; a < A; ++a) planes[a] = differ[(p * A + a) * B + b];
-      output.write(p, planes);
-    }
-  };
-  if (conv.integers) {
-    for (int b = 0; b < B; ++b) one_by_one(IntegerOutput<V, A>(conv, at, b), b);
-  } else if (at.lanes(B - 1) < kLanes) {
-    for (int b = 0; b < B; ++b) one_by_one(FloatOutput<V, A>(conv, at, b), b);
-  } else {
-    FloatOperands from(conv, at, A);
-    auto write = from.residual ? write_floats<V, A, B, true, false> : write_floats<V, A, B, false, false>;
-    if (from.slopes) write = from.residual ? write_floats<V, A, B, true, true> : write_floats<V, A, B, false, true>;
-    if (!conv.scale_step) return write(from, conv.out_channels, at.positions, differ, pixels);
-    for (; pixels > 0; --pixels, differ += A * B) {
-      write(from, conv.out_channels, at.positions, differ, 1);
-      from.out += conv.out_channels;
-      from.activation_scales += conv.scale_step;
-      if (from.residual) from.residual += conv.out_channels;
-    }
+void write_floats(const Conv& conv, const Place& at, const typename V::Ints* differ, int64_t pixels) {
+  if (at.lanes(B - 1) < kLanes) {
+    for (int b = 0; b < B; ++b) write_block<V, A, B>(FloatOutput<V, A>(conv, at, b), b, differ, pixels);
+    return;
+  }
+  FloatOperands from(conv, at, A);
+  auto write = from.residual ? write_whole_blocks<V, A, B, true, false> : write_whole_blocks<V, A, B, false, false>;
+  if (from.slopes)
+    write = from.residual ? write_whole_blocks<V, A, B, true, true> : write_whole_blocks<V, A, B, false, true>;
+  if (!conv.scale_step) return write(from, conv.out_channels, at.positions, differ, pixels);
+  for (; pixels > 0; --pixels, differ += A * B) {
+    write(from, conv.out_channels, at.positions, differ, 1);
+    from.out += conv.out_channels;
+    from.activation_scales += conv.scale_step;
+    if (from.residual) from.residual += conv.out_channels;
   }
 }
 

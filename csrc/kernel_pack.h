@@ -33,13 +33,11 @@ void walk_thresholds(Compare compare, Visit visit) {
 template <class V, int kPlanes, bool kWhole>
 void compare_channel_lanes(const Pack& pack, const float* row, int64_t pixels, uint32_t* out, int64_t plane) {
   const int64_t runs = kWhole ? 1 : pack.runs;
-  const int64_t channels = pack.channels / runs, step = pack.stride_x;
+  const int64_t channels = pack.channels / runs;
   const int64_t node = pack.runs * pack.words * kWordBits;
-  const float* all_thresholds = pack.thresholds;
-  const uint32_t* all_flips = pack.flips;
-  for (; pixels > 0; --pixels, row += step) {
-    const float *x = row, *thresholds = all_thresholds;
-    const uint32_t* flips = all_flips;
+  for (; pixels > 0; --pixels, row += pack.stride_x) {
+    const float *x = row, *thresholds = pack.thresholds;
+    const uint32_t* flips = pack.flips;
     for (int64_t run = 0; run < runs; ++run, x += channels)
       for (int64_t first = 0; first < channels; first += kWordBits, ++out, ++flips, thresholds += kWordBits) {
         const int lanes = kWhole ? kWordBits : static_cast<int>(smaller(channels - first, kWordBits));

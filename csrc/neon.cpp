@@ -163,7 +163,7 @@ struct Neon {
 }  // namespace
 
 const Kernels neon_kernels = {
-    "neon", 0, pack_row<Neon>, conv_piece<Neon>, depthwise_piece<Neon>, 64, Neon::kBlocks,
+    "neon", 0, pack_row<Neon>, conv_piece<Neon>, depthwise_piece<Neon>, kRowPixels, Neon::kBlocks,
     row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

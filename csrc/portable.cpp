@@ -150,7 +150,7 @@ struct Portable {
 }  // namespace
 
 const Kernels portable_kernels = {
-    "portable", 0, pack_row<Portable>, conv_piece<Portable>, depthwise_piece<Portable>, 64, Portable::kBlocks,
+    "portable", 0, pack_row<Portable>, conv_piece<Portable>, depthwise_piece<Portable>, kRowPixels, Portable::kBlocks,
     row_kernels<float>(), row_kernels<double>()};
 
 }  // namespace foldbit

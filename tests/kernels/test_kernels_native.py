@@ -241,21 +241,32 @@ def test_pixelwise_convolutions_and_long_sums(isa, shape):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("out", [16, 32, 24])  # whole blocks, and an incomplete one
-@pytest.mark.parametrize("shape, kernel", [((150, 40, 1, 1), 1), ((1, 40, 9, 20), 1), ((2, 40, 3, 150), 3)])
+@pytest.mark.parametrize("size, kernel", [((150, 1, 1), 1), ((1, 9, 20), 1), ((2, 3, 150), 3)])
 @pytest.mark.parametrize("planes", [1, 2, 3])
-def test_rows_longer_than_what_goes_out_at_once(isa, out, shape, kernel, planes):
+def test_rows_longer_than_what_goes_out_at_once(isa, depthwise, out, size, kernel, planes):
     rng = np.random.default_rng(0)
-    x = channels_last(rng.standard_normal(shape, dtype=np.float32))
-    w = layout.disk_to_kernel(layout.pack_bits(rng.random((2, out, kernel, kernel, 40)) < 0.5), 40)
-    scales = rng.random((2, out, 1), dtype=np.float32), rng.random((shape[0], planes), dtype=np.float32)
-    options = dict(padding=(kernel // 2, kernel // 2), out_size=shape[2:])
-    options |= dict(residual=rng.standard_normal((shape[0], *shape[2:], out), dtype=np.float32))
-    options |= dict(slopes=rng.standard_normal(out, dtype=np.float32))
+    images, *image = size
+    groups, run = (out, 1) if depthwise else (1, 40)
+    x = channels_last(rng.standard_normal((images, groups * run, *image), dtype=np.float32))
+    w = layout.disk_to_kernel(
+        layout.pack_bits(rng.random((2, out, kernel, kernel, run)) < 0.5), run, groups=groups
+    )
+    scales = rng.random((2, out, 1), dtype=np.float32), rng.random((images, planes), dtype=np.float32)
+    geometry = dict(padding=(kernel // 2, kernel // 2), out_size=tuple(image))
+    options = dict(
+        slopes=rng.standard_normal(out, dtype=np.float32),
+        residual=rng.standard_normal((images, *image, out), dtype=np.float32),
+    )
     bias = rng.standard_normal(out, dtype=np.float32)
-    expected = reference.conv(x, w, *scales, bias, **options)
+    packed = reference.pack_activation(x, scales[1], groups)
+    channels = dict(in_channels_per_segment=run, out_channels=out)
+    integers = reference.conv_integers(packed, w, **geometry, **channels)
+    expected = reference.conv(x, w, *scales, bias, **geometry, **options)
     with native.use(isa):
-        np.testing.assert_array_equal(native.conv(x, w, *scales, bias, **options), expected)
+        np.testing.assert_array_equal(native.conv_integers(packed, w, **geometry, **channels), integers)
+        np.testing.assert_array_equal(native.conv(x, w, *scales, bias, **geometry, **options), expected)
 
 
 def test_more_images_than_the_workspace_holds():
