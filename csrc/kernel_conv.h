@@ -109,10 +109,10 @@ auto tiles_function(int64_t pixels) {
 // larger ones.
 template <class Body>
 void for_tiles(int64_t pixels, int64_t most, const Body& body) {
-  if (pixels <= most) return body(pixels, int64_t{1}, int64_t{0});  // spares the divisions where they would show
-  const int64_t tiles = ceil_div(pixels, most), size = pixels / tiles, larger = pixels % tiles;
-  if (larger > 0) body(size + 1, larger, int64_t{0});
-  body(size, tiles - larger, larger * (size + 1));
+  if (pixels <= most) return body(pixels, int64_t{1}, int64_t{0});  // no divisions for the ends of a row
+  const int64_t tiles = ceil_div(pixels, most), size = pixels / tiles, one_more = pixels % tiles;
+  if (one_more > 0) body(size + 1, one_more, int64_t{0});
+  body(size, tiles - one_more, one_more * (size + 1));
 }
 
 // Where the operands of one weight plane, from one activation plane on, begin. Strides in words.
