@@ -55,7 +55,6 @@ def test_it_reaches_the_pooled_optimum_which_averaging_does_not():
     static = nn.Sequential(fb.QuantLinear(8192, 1, config=fb.QuantConfig(activation_scales="static")))
     averaged = fb.solve(samples, "ls-2").mean(0)
     static[0].input_quantizer.running_scales.copy_(averaged)
-    static[0].input_quantizer.seen = True
     (layer,) = fb.calibrate(static, samples.split(16), progress=False).layers
 
     scales = static[0].input_quantizer.running_scales
@@ -306,3 +305,29 @@ def test_an_error_of_the_model_passes_through_and_changes_nothing():
 def test_infinity_under_a_clamp_is_a_number():
     model = chain(fb.QuantConfig("ls-1", "ls-2", clamp=2.0))
     fb.calibrate(model, broken(torch.inf))
+
+
+@torch.no_grad()
+def test_compiled_networks_are_calibrated_and_summed_up():
+    for in_place in (False, True):
+        model = fb.quantize_(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))).eval()
+        compiled = model if in_place else torch.compile(model, backend="eager")
+        if in_place:
+            model.compile(backend="eager")
+        x = torch.randn(16, 8)
+        compiled(x)  # from here on there is code that calls no hooks
+        report = fb.calibrate(compiled, [x])
+        assert len(report.layers) == 1 and not report.left
+        assert "33.3% of" in str(fb.summary(compiled, x))
+
+
+def test_one_bit_of_what_is_never_negative_is_warned_of():
+    x = torch.randn(16, 8)
+    for scheme, inputs, warned in [
+        ("ls-1", [x.abs()], True),
+        ("ls-1", [x.abs(), x], False),
+        ("ls-2", [x.abs()], False),
+    ]:
+        model = fb.quantize_(nn.Sequential(nn.Linear(8, 8)), fb.QuantConfig(activation=scheme), skip=())
+        report = fb.calibrate(model, inputs)
+        assert ("0: its input is never below 0, so that 1 bit of it says nothing" in str(report)) == warned

@@ -162,7 +162,8 @@ def test_half_float_configs_quantize():
 
 def test_unsupported_layers_are_reported_with_the_reason():
     class Own(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     model = nn.ModuleDict(
         {
@@ -187,8 +188,8 @@ def test_unsupported_layers_are_reported_with_the_reason():
         "recurrent": "LSTM has no quantized twin",
         "cell": "GRUCell has no quantized twin",
         "own": "Own is a subclass whose forward pass is its own",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass whose forward pass is its own",
-        "normed": "ParametrizedLinear is a subclass whose forward pass is its own",
+        "attention.out_proj": "MultiheadAttention reads its weight without calling it",
+        "normed": "its weight is computed from other parameters, as weight_norm does",
         "lazy": "LazyLinear is a subclass whose forward pass is its own",
     }
 
@@ -495,3 +496,62 @@ def test_a_network_of_ones_own_with_a_module_in_several_places():
     fb.pack_(model)
     assert sum(isinstance(m, PackedLayer) for m in model.modules()) == 2
     torch.testing.assert_close(model(x), y, rtol=0, atol=1e-3 * float(y.abs().max()))
+
+
+class Renamed(nn.Conv2d):
+    """Computes what its base class does."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+
+
+class Scaled(nn.Conv2d):
+    """Computes something else, below its forward pass."""
+
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+def test_subclasses_with_the_same_forward_pass_are_quantized():
+    model = nn.Sequential(Renamed(3, 4, 3), Scaled(4, 4, 3))
+    fb.quantize_(model, W1A2, skip=())
+    assert quantized(model) == ["0"] and type(model[0]) is fb.QuantConv2d
+    assert "a subclass whose forward pass is its own" in fb.conversion_report(model).left_float["1"]
+
+
+class Helped(Windowed):
+    """Reads the weight in a method that the forward pass calls; others read weights, too."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.ones_(self.shared.weight)
+
+    def scale(self):
+        self.proj.weight.data.mul_(2)
+
+    def project(self, x):
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+    def forward(self, x):
+        return self.shared(self.proj(self.project(x)))
+
+
+def test_a_method_of_the_forward_pass_that_reads_a_weight_is_noticed():
+    model = nn.Sequential(Helped(), nn.Linear(4, 4))
+    fb.quantize_(model, W1A2, skip=())
+    assert quantized(model) == ["0.proj", "0.shared", "1"]
+
+
+@torch.no_grad()
+def test_hooks_stay_and_can_be_removed():
+    seen = []
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = model[0].register_forward_hook(lambda *_: seen.append("after"))
+    model[0].register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True)
+    x = torch.randn(2, 4)
+    fb.quantize_(model, W1A2, skip=())(x)
+    fb.pack_(model)(x)
+    assert seen == ["before", "after"] * 2
+    handle.remove()
+    model(x)
+    assert seen[4:] == ["before"]

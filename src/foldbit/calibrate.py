@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foldbit import convert
+from foldbit.core import schemes
 from foldbit.core.pooled import Pool
 from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from foldbit.nn.quantizers import ActivationQuantizer
@@ -40,6 +41,7 @@ class LayerCalibration:
         excess: how much of it is above the least possible, at most; None where the scheme promises nothing.
         error_before: the error that the static scales it had would have left; None where it had none.
         values: how many values the layer saw.
+        negative: whether any of them was below 0.
     """
 
     name: str
@@ -49,6 +51,17 @@ class LayerCalibration:
     excess: float | None
     error_before: float | None
     values: int
+    negative: bool
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with the layer's input, if anything is."""
+        if self.negative or schemes.parse(self.scheme).planes > 1:
+            return None
+        return (
+            "its input is never below 0, so that 1 bit of it says nothing; put a batch norm between the "
+            "nonlinearity and the layer, or quantize it with 2 bits"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ class CalibrationReport:
             for layer in self.layers
         ]
         header = ["layer", "input", "static scales", "error", "error before", "excess at most", "values"]
-        return "\n".join([table(header, rows), *(f"{name}: {why}" for name, why in self.left.items())])
+        warnings = {layer.name: layer.warning for layer in self.layers if layer.warning}
+        notes = [f"{name}: {note}" for name, note in (*self.left.items(), *warnings.items())]
+        return "\n".join([table(header, rows), *notes])
 
 
 def calibrate(
@@ -120,8 +135,10 @@ def calibrate(
             "batches are several: for a single one, pass it in a list, as in calibrate(model, [x])"
         )
     layers = _layers(model)
-    pools = {name: Pool(layer.weight.device) for name, layer in layers.items()}
-    with _watched(layers, pools), _evaluating(model), torch.no_grad():
+    pools = {name: _Inputs(layer.weight.device) for name, layer in layers.items()}
+    # Compiled networks run uncompiled: compiled code that exists already would not call the hooks.
+    uncompiled = torch.compiler.set_stance("force_eager")
+    with _watched(layers, pools), _evaluating(model), torch.no_grad(), uncompiled:
         number = 0
         for number, batch in enumerate(_bar(batches, progress), 1):
             if run is not None:
@@ -140,13 +157,32 @@ def calibrate(
         scales = tuple(found.scales.tolist())
         entries.append(
             LayerCalibration(
-                name, str(quantizer.scheme), scales, found.error, found.excess, before, pools[name].count
+                name,
+                str(quantizer.scheme),
+                scales,
+                found.error,
+                found.excess,
+                before,
+                pools[name].count,
+                bool(pools[name].negative),
             )
         )
     for name, found in solved.items():
         _set_scales(layers[name], found.scales)
     convert.update_report(model, {name: layers[name].config for name in solved})
     return CalibrationReport(tuple(entries), left)
+
+
+class _Inputs(Pool):
+    """What reached a layer, and whether any of it was below 0."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.negative = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, x: Tensor) -> None:
+        super().add(x)
+        self.negative = self.negative | (x < 0).any()
 
 
 def has_dynamic_scales(model: nn.Module) -> bool:
@@ -257,6 +293,4 @@ def _set_scales(layer: QuantLayer, scales: Tensor) -> None:
         layer.config = dataclasses.replace(layer.config, activation_scales="static")
         layer.input_quantizer = ActivationQuantizer(layer.config, old.momentum, layer.weight.device)
         layer.input_quantizer.train(old.training)
-    with torch.no_grad():
-        layer.input_quantizer.running_scales.copy_(scales)
-    layer.input_quantizer.seen = True
+    layer.input_quantizer.set_scales(scales)

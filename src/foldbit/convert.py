@@ -58,8 +58,8 @@ def quantize_(
 ) -> Model:
     """Replace a model's Conv2d, Conv1d and Linear layers by quantized ones that share their parameters.
 
-    Optimizers that hold the parameters stay valid. What was left float, and why, is in
-    :func:`conversion_report`.
+    Optimizers that hold the parameters stay valid. Layers that are quantized already stay as they are. What
+    was left float, and why, is in :func:`conversion_report`.
 
     Args:
         model: any network; changed in place.
@@ -81,17 +81,15 @@ def quantize_(
     if isinstance(model, _QUANTIZABLE):
         raise TypeError(
             f"quantize_ changes layers inside a model, and this {type(model).__name__} is a layer itself; "
-            f"wrap it in nn.Sequential, or build a {layers.TWINS[type(model)].__name__}"
-            if type(model) in layers.TWINS
+            f"wrap it in nn.Sequential, or build a {layers.TWINS[kind].__name__}"
+            if (kind := layers.kind_of(model))
             else f"quantize_ changes layers inside a model; got a bare {type(model).__name__}"
         )
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config is a QuantConfig; got {type(config).__name__}")
     overrides = dict(overrides or {})
     reasons = _unsupported(model)
-    candidates = {
-        name: m for name, m in model.named_modules() if type(m) in layers.TWINS and name not in reasons
-    }
+    candidates = {name: m for name, m in model.named_modules() if layers.kind_of(m) and name not in reasons}
     _check_patterns(overrides, candidates)
     skipped = _skipped(skip, candidates)
     report = ConversionReport()
@@ -209,7 +207,9 @@ def _packed_twin(layer: QuantLayer) -> PackedLayer:
     planes, scales = layer.weight_quantizer.codes(layer.weight)
     spec = LayerSpec.of(layer, layer.config)
     running = quantizer.running_scales if quantizer.static else None
-    return PackedLayer.from_codes(spec, planes, scales, layer.bias, running)
+    packed = PackedLayer.from_codes(spec, planes, scales, layer.bias, running)
+    layers.keep_hooks(layer, packed)
+    return packed
 
 
 def _check_patterns(overrides: Mapping[str, QuantConfig | None], candidates: Mapping[str, nn.Module]) -> None:
@@ -255,7 +255,7 @@ def _unsupported(model: nn.Module) -> dict[str, str]:
         kind = type(module).__name__
         if isinstance(module, QuantLayer | PackedLayer):
             continue
-        if type(module) in layers.TWINS:
+        if layers.kind_of(module):
             if module in bypassed:
                 reasons[name] = bypassed[module]
             elif "weight" not in module._parameters:
@@ -277,10 +277,19 @@ def _reads_weights_of(kind: type[nn.Module]) -> frozenset[str]:
     ``F.linear(x, self.qkv.weight)``. The bytecode tells, where two attributes are loaded in a row; a third
     one that is no more than a property of the weight, as in ``x.to(self.proj.weight.dtype)``, needs no value.
     """
-    found = set()
-    for base in kind.__mro__:  # a subclass may call what it overrides
-        if inspect.isfunction(forward := vars(base).get("forward")):
-            loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(forward)]
-            triples = zip(loaded, loaded[1:], [*loaded[2:], None], strict=False)
+    found, seen, waiting = set(), {"forward"}, ["forward"]
+    while waiting:
+        name = waiting.pop()
+        for base in kind.__mro__:  # a subclass may call what it overrides
+            if not inspect.isfunction(method := vars(base).get(name)):
+                continue
+            calls = [i.argval if i.opname in _LOADS else None for i in dis.get_instructions(method)]
+            triples = zip(calls, calls[1:], [*calls[2:], None], strict=False)
             found |= {a for a, b, c in triples if a and b == "weight" and c not in _PROPERTIES}
+            methods = {c for c in calls if c and inspect.isfunction(getattr(kind, c, None))} - seen
+            seen |= methods
+            waiting += methods
     return frozenset(found)
+
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")  # the latter up to Python 3.11

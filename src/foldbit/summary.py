@@ -315,7 +315,7 @@ def _calls(model: nn.Module, x: Tensor) -> dict[nn.Module, list[_Call]]:
     handles += [module.register_forward_hook(end) for module in model.modules()]
     training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code may call no hooks
             model.eval()(x)
     except Exception as error:  # a network of the user's own may raise anything
         layer = running[-1] if running else model

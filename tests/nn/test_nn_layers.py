@@ -301,9 +301,10 @@ def test_layers_without_a_twin_are_refused(layer):
         from_float(layer, fb.QuantConfig())
 
 
-def test_subclasses_have_no_twin():
+def test_subclasses_that_compute_something_else_have_no_twin():
     class Special(nn.Linear):
-        pass
+        def forward(self, x):
+            return x
 
     with pytest.raises(TypeError, match="Special has no quantized twin"):
         from_float(Special(2, 2), fb.QuantConfig())
@@ -461,3 +462,17 @@ def test_compile_in_training(config):
     torch.compiler.reset()
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_arguments_that_are_mistaken_or_named():
+    config = fb.QuantConfig("ls-2", "ls-1")
+    for kind, arguments in [
+        (fb.QuantLinear, (3, 4)),
+        (fb.QuantConv1d, (3, 4, 1)),
+        (fb.QuantConv2d, (3, 4, 1)),
+    ]:
+        with pytest.raises(TypeError, match=f"{kind.__name__} takes its config by name"):
+            kind(*arguments, config)
+        with pytest.raises(TypeError, match="config is a QuantConfig; got NoneType"):
+            kind(*arguments, config=None)
+    assert fb.QuantLinear(3, 4)(input=torch.randn(2, 3)).shape == (2, 4)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import foldbit as fb
 from foldbit.nn.quantizers import ActivationQuantizer, WeightQuantizer
@@ -417,3 +419,19 @@ def test_reprs():
     config = fb.QuantConfig(activation_granularity="tensor")
     assert "dynamic per tensor" in repr(ActivationQuantizer(config))
     assert "fp" in repr(ActivationQuantizer(fb.QuantConfig(activation="fp")))
+
+
+def test_scales_that_an_average_of_models_writes_are_seen():
+    model = fb.quantize_(nn.Sequential(nn.Linear(5, 5)), static(), skip=())
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    copied = copy.deepcopy(model)
+    for _ in range(3):
+        model(torch.randn(4, 5))
+        average.update_parameters(model)
+    for theirs, mine in zip(copied.state_dict().values(), model.state_dict().values(), strict=True):
+        theirs.copy_(mine)
+    x = torch.randn(4, 5)
+    for other in (average.module, copied):
+        assert other.eval()[0].input_quantizer.seen
+        torch.testing.assert_close(fb.pack_(copy.deepcopy(other))(x), other(x))
+    torch.testing.assert_close(copied(x), model.eval()(x))

@@ -297,3 +297,163 @@ def test_float_convolutions_take_the_batch_norm_behind_them(bias, tmp_path):
     assert torch.equal(fb.load_packed(tmp_path / "model.safetensors", model)(x), y)
     unfuse_(fused)
     assert torch.equal(fused(x), plain(x)) and type(fused[0]) is nn.Conv2d
+
+
+class InPlace(nn.Module):
+    """A shortcut that reads what an activation changes in place."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.relu, self.conv = relu, conv(5, 5)
+
+    def forward(self, x):
+        return x + self.conv(self.relu(x))
+
+
+class Later(nn.Module):
+    """What a batch norm reads is changed in place before the layer behind it runs."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.a, self.b, self.norm, self.change = conv(5, 5), conv(5, 5), nn.BatchNorm2d(5), change
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.norm(x)
+        x = self.change(x)
+        return x + self.b(y)
+
+
+def plus_one(x):
+    x += 1
+    return x
+
+
+class Optional(nn.Module):
+    """Takes another way where it gets no second argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = conv(5, 5), nn.ReLU()
+
+    def forward(self, x, shortcut=None):
+        y = self.conv(x)
+        if shortcut is None:
+            y = y + x
+        return self.relu(y)
+
+
+class Alike(Optional):
+    """Takes optional arguments that change nothing."""
+
+    def forward(self, x, mask=None, verbose=False):
+        return self.relu(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "part, fused_into, why_not",
+    [
+        (lambda: InPlace(nn.ReLU(inplace=True)), [], "it works in place"),
+        (lambda: InPlace(nn.Sequential(nn.Identity(), nn.Hardtanh(inplace=True))), [], "it works in place"),
+        (
+            lambda: InPlace(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(inplace=True))),
+            ["BatchNorm2d", "ReLU"],
+            "",
+        ),
+        (lambda: InPlace(nn.ReLU()), ["ReLU"], ""),
+        (lambda: Later(plus_one), [], "something is changed in place between"),
+        (lambda: Later(torch.relu_), [], "something is changed in place between"),
+        (lambda: Later(lambda x: x.mul_(2)), [], "something is changed in place between"),
+        (lambda: Later(lambda x: nn.functional.relu(x, True)), [], "something is changed in place between"),
+        (lambda: Later(lambda x: torch.neg(x, out=x)), [], "something is changed in place between"),
+        (lambda: Later(nn.ReLU6(inplace=True)), [], "something is changed in place between"),
+        (lambda: Later(lambda x: x * 2), ["BatchNorm2d"], ""),
+        (lambda: Later(lambda x: (x * 2).add_(1)), ["BatchNorm2d"], ""),
+        (Optional, [], ""),
+        (Alike, ["ReLU"], ""),
+    ],
+)
+@torch.no_grad()
+def test_what_is_changed_in_place_or_depends_on_arguments_fuses_only_where_it_can(part, fused_into, why_not):
+    # A convolution before it: nothing else reads what that gives.
+    plain, fused, x = both(nn.Sequential(conv(5, 5), part()), (4, 5, 6, 6))
+    y = plain(x)
+    close = (fused(x) - y).abs() <= 1e-4 * y.abs().max()
+    assert close.float().mean() > 0.99
+    report = fb.conversion_report(fused).fusion
+    found = [entry.split()[0] for name, entries in report.fused.items() if name != "0" for entry in entries]
+    assert found == fused_into
+    assert why_not in str(report)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [((), nn.BatchNorm1d(3)), ((), nn.PReLU(3)), ((), nn.PReLU()), ((nn.BatchNorm1d(3),), nn.Identity())],
+)
+@torch.no_grad()
+def test_channels_that_are_not_the_layers_stay(before, after):
+    """A linear layer's channels are the last dim, a batch norm's are dim 1."""
+    plain, fused, x = both(nn.Sequential(*before, nn.Linear(6, 6), after), (4, 3, 6))
+    torch.testing.assert_close(fused(x), plain(x))
+    assert ("its 3 channels are not the layer's 6" in str(fb.conversion_report(fused))) == (
+        "3" in repr([*before, after])
+    )
+
+
+@torch.no_grad()
+def test_what_hooks_see_stays_what_it_was():
+    seen = []
+    model = nn.Sequential(conv(5, 5), nn.BatchNorm2d(5), conv(5, 5), nn.ReLU())
+    for i in (0, 2):
+        model[i].register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6, 6)
+    settled(fb.quantize_(model, DYNAMIC, overrides={"0": None}, skip=()), x)
+    seen.clear()
+    model(x)
+    fb.pack_(model)(x)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[2:], seen[:2])
+    assert fb.conversion_report(model).fusion.left["2"] == ["its neighbours: it has hooks"]
+
+
+class Remembering(nn.Module):
+    """Keeps what it computes, counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([conv(5, 5), nn.ReLU()])
+        self.register_buffer("calls", torch.zeros(()))
+        self.all = []
+
+    def forward(self, x):
+        self.calls += 1
+        for block in self.blocks:
+            x = block(x)
+        self.last = x
+        self.all.append(x)
+        return x
+
+
+@torch.no_grad()
+def test_tracing_leaves_no_trace():
+    model, seen = nn.Sequential(Remembering(), conv(5, 5)), []
+    model[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    x = torch.randn(4, 5, 6, 6)
+    fb.quantize_(model, DYNAMIC, skip=()).eval()(x)
+    fb.pack_(model)
+    assert model[0].calls == 1 and len(model[0].all) == len(seen) == 1
+    assert type(model[0].last) is torch.Tensor
+    assert fb.conversion_report(model).fusion.fused["0.blocks.0"] == ["ReLU 0.blocks.1"]
+    pickle.dumps(model[0].last)
+
+
+@torch.no_grad()
+def test_packing_a_fused_network_again_changes_nothing():
+    model = nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), conv(5, 5), nn.ReLU())
+    _, fused, x = both(model, (4, 5, 6, 6), overrides={"0": None})
+    y, report = fused(x), str(fb.conversion_report(fused).fusion)
+    assert "cannot trace" not in report
+    assert torch.equal(fb.pack_(fused)(x), y) and "cannot trace" not in str(
+        fb.conversion_report(fused).fusion
+    )

@@ -233,7 +233,6 @@ def test_the_integers_are_exact(problem, seed):
             layer.bias.copy_(torch.randint(-9, 9, layer.bias.shape, generator=rng))
     twin = quant.from_float(layer, config).eval()
     twin.input_quantizer.running_scales.copy_(torch.tensor(POWERS[config.activation]))
-    twin.input_quantizer.seen = True
     packed = fb.pack_(nn.Sequential(copy.deepcopy(twin)))[0]
     with torch.no_grad():
         expected = twin(x)
@@ -588,3 +587,61 @@ def test_disk_and_kernel_layouts_agree_with_the_layer():
     _, packed = twins(nn.Conv2d(40, 6, 3, groups=2), fb.QuantConfig("ls-2"))
     words = layout.disk_to_kernel(packed.planes.numpy(), 20, groups=2)
     assert (packed.words.numpy().view("uint32") == words).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.complex64])
+@pytest.mark.parametrize("config", [fb.QuantConfig(), fb.QuantConfig(activation_scales="static")])
+def test_what_is_not_float_is_refused(dtype, config):
+    twin = quant.from_float(nn.Linear(3, 4), config).eval()
+    if config.activation_scales == "static":
+        twin.input_quantizer.set_scales(torch.tensor([1.0, 0.5]))
+    packed = fb.pack_(nn.Sequential(twin))[0]
+    with pytest.raises(TypeError, match=f"PackedLinear got an input of {dtype}; expected float32"):
+        packed(torch.ones(2, 3).to(dtype))
+
+
+@pytest.mark.parametrize("activation", ["ls-2", "fp"])
+@torch.no_grad()
+def test_a_residual_of_another_shape_is_refused(activation):
+    _, packed = twins(nn.Linear(8, 4), fb.QuantConfig(activation=activation))
+    x = torch.randn(2, 3, 5, 8)
+    for shape in [(2, 5, 3, 4), (2, 15, 4), (1, 1, 1, 4)]:
+        with pytest.raises(ValueError, match=r"output's shape \(2, 3, 5, 4\); got"):
+            packed(x, torch.zeros(shape))
+    assert torch.equal(packed(x, torch.zeros(2, 3, 5, 4)), packed(x))
+    assert packed(torch.zeros(0, 3, 8), torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 4), nn.Conv1d(8, 4, 3, stride=2), nn.Conv2d(8, 4, (3, 1), groups=2)]
+)
+def test_forward_passes_can_ask_for_what_torchs_layers_have(layer):
+    names = (
+        "in_features out_features in_channels out_channels kernel_size stride dilation groups padding_mode"
+    )
+    _, packed = twins(layer, fb.QuantConfig())
+    for name in names.split():
+        assert getattr(packed, name, None) == getattr(layer, name, None), name
+    for name in ("shape", "ndim", "dtype", "device"):
+        assert getattr(packed.weight, name) == getattr(packed.weight(), name) == getattr(layer.weight, name)
+    assert not packed.weight.requires_grad
+
+
+@torch.no_grad()
+def test_other_default_dtypes_and_devices_change_nothing():
+    x = torch.randn(3, 8)
+    expected = None
+    for dtype, device in [(torch.float32, None), (torch.float64, None), (torch.float32, "meta")]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LeakyReLU()).eval()
+        fb.quantize_(model, fb.QuantConfig(activation_scales="static"), skip=())
+        model[0].input_quantizer.set_scales(torch.tensor([1.0, 0.5]))
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            y = fb.pack_(model)(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        expected = y if expected is None else expected
+        assert torch.equal(y, expected)

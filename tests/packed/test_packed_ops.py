@@ -104,8 +104,6 @@ def test_what_is_not_float32_or_of_another_size_is_refused_before_memory_is_touc
         ops.packed_conv(x, constants, scales, rest[-1], residual.double())
     with pytest.raises(ValueError, match="of the output's shape"):
         ops.packed_conv(x, constants, scales, rest[-1], residual[:1])
-    with pytest.raises(RuntimeError):
-        torch.vmap(lambda x: ops.packed_conv(x, constants, scales, rest[-1]))(x[None])
 
 
 def test_values_that_are_yet_to_be_negated_are():
@@ -301,3 +299,19 @@ def test_the_default_dtype_is_no_matter():
         assert torch.equal(convolve(*arguments), y)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_and_other_default_devices_see_memory_that_exists():
+    x, words, weight_scales, scales, *rest = PROBLEMS["grouped"]
+    constants = ops.Constants(words, weight_scales, *rest[:-1])
+
+    def convolution(x):
+        return ops.packed_conv(x, constants, scales, rest[-1])
+
+    expected = convolution(x)
+    assert torch.equal(torch.func.functionalize(convolution)(x), expected)
+    assert torch.equal(torch.vmap(convolution)(x[None])[0], expected)
+    with torch.device("meta"):
+        assert torch.equal(convolution(x), expected)
+        assert torch.equal(convolve(x, words, weight_scales, scales, *rest), expected)

@@ -30,12 +30,15 @@ class QuantConv2d(nn.Conv2d):
     input_quantizer: ActivationQuantizer
 
     def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        _check_arguments(type(self).__name__, args, config)
         super().__init__(*args, **kwargs)
         _add_quantizers(self, config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve the approximations of input and weight."""
-        return self._conv_forward(_quantize_input(self, x, 4), self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(
+            _quantize_input(self, input, 4), self.weight_quantizer(self.weight), self.bias
+        )
 
 
 class QuantConv1d(nn.Conv1d):
@@ -46,12 +49,15 @@ class QuantConv1d(nn.Conv1d):
     input_quantizer: ActivationQuantizer
 
     def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        _check_arguments(type(self).__name__, args, config)
         super().__init__(*args, **kwargs)
         _add_quantizers(self, config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve the approximations of input and weight."""
-        return self._conv_forward(_quantize_input(self, x, 3), self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(
+            _quantize_input(self, input, 3), self.weight_quantizer(self.weight), self.bias
+        )
 
 
 class QuantLinear(nn.Linear):
@@ -65,12 +71,13 @@ class QuantLinear(nn.Linear):
     input_quantizer: ActivationQuantizer
 
     def __init__(self, *args: Any, config: QuantConfig = DEFAULT_CONFIG, **kwargs: Any) -> None:
+        _check_arguments(type(self).__name__, args, config)
         super().__init__(*args, **kwargs)
         _add_quantizers(self, config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiply the approximations of input and weight."""
-        return F.linear(_quantize_input(self, x, 2), self.weight_quantizer(self.weight), self.bias)
+        return F.linear(_quantize_input(self, input, 2), self.weight_quantizer(self.weight), self.bias)
 
 
 QuantLayer = QuantConv2d | QuantConv1d | QuantLinear
@@ -83,21 +90,32 @@ TWINS: dict[type[nn.Module], type[QuantConv2d] | type[QuantConv1d] | type[QuantL
 }
 
 
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The type with a twin that a module is, or is a subclass of that computes the same; None for others."""
+    kind = next((kind for kind in TWINS if isinstance(module, kind)), None)
+    own = type(module)
+    lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)  # it has no weight yet
+    if kind is None or lazy or own.forward is not kind.forward:
+        return None
+    same = issubclass(kind, nn.Linear) or own._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
+    return kind if same else None
+
+
 def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
-    """The quantized twin of a float layer. It shares the layer's parameters, mode and device.
+    """The quantized twin of a float layer. It shares the layer's parameters, hooks, mode and device.
 
     Raises:
         TypeError: for a layer without a twin.
         ValueError: where the config does not fit the layer.
     """
     twin: QuantLayer
-    if type(layer) is nn.Linear:
+    kind = kind_of(layer)
+    if isinstance(layer, nn.Linear) and kind:
         twin = QuantLinear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta", config=config
         )
-    elif type(layer) in (nn.Conv1d, nn.Conv2d):
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-        twin = TWINS[type(layer)](
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d) and kind:
+        twin = TWINS[kind](
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -118,7 +136,21 @@ def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     twin.weight = layer.weight
     twin.bias = layer.bias
     _add_quantizers(twin, config)  # again, now that the device is known
+    keep_hooks(layer, twin)
     return twin.train(layer.training)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hand a forward pass's hooks to the module that takes a module's place; their handles go on working."""
+    names = [name for name in vars(old) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+    vars(new).update({name: vars(old)[name] for name in names})
+
+
+def _check_arguments(kind: str, args: tuple[Any, ...], config: Any) -> None:
+    if any(isinstance(argument, QuantConfig) for argument in args):
+        raise TypeError(f"{kind} takes its config by name: config=...")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config is a QuantConfig; got {type(config).__name__}")
 
 
 def _add_quantizers(layer: QuantLayer, config: QuantConfig) -> None:

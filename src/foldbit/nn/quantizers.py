@@ -140,7 +140,7 @@ class ActivationQuantizer(nn.Module):
         self.momentum = momentum
         estimators.get(config.activation_estimator)  # refuses unknown ones now
         self.estimator = config.activation_estimator
-        self.seen = False
+        self._seen = False
         if self.static:
             self.register_buffer("running_scales", torch.zeros(self.scheme.planes, device=device))
 
@@ -150,6 +150,19 @@ class ActivationQuantizer(nn.Module):
             return x
         scales, dims = self._scales(x)
         return estimators.approximate(x, scales, dims, self.estimator, self.clamp)
+
+    @property
+    def seen(self) -> bool:
+        """Whether there are running scales. Their values are looked at until there are."""
+        if not self._seen and not torch.compiler.is_compiling():
+            self._look()
+        return self._seen
+
+    def train(self, mode: bool = True) -> ActivationQuantizer:
+        """As in torch.nn; scales that were written into the running ones are noticed then, at the latest."""
+        if not self._seen:
+            self._look()  # compiled code cannot
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """The scheme and where its scales come from."""
@@ -172,10 +185,19 @@ class ActivationQuantizer(nn.Module):
             self._remember(scales)
         return scales, dims
 
+    def _look(self) -> None:
+        self._seen = self.static and not self.running_scales.is_meta and bool(self.running_scales.any())
+
+    @torch.no_grad()
+    def set_scales(self, scales: Tensor) -> None:
+        """Make these the running scales ``[k]``."""
+        self.running_scales.copy_(scales)
+        self._seen = True
+
     @torch.no_grad()
     def _remember(self, scales: Tensor) -> None:
         self.running_scales.lerp_(scales.to(self.running_scales.dtype), self.momentum if self.seen else 1.0)
-        self.seen = True
+        self._seen = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint knows no running scales, and loading it strictly must work: none are seen then.
@@ -184,5 +206,5 @@ class ActivationQuantizer(nn.Module):
             device = "cpu" if self.running_scales.is_meta else self.running_scales.device
             state_dict[key] = torch.zeros(self.scheme.planes, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.static:
-            self.seen = not self.running_scales.is_meta and bool(self.running_scales.any())
+        self._seen = False
+        self._look()

@@ -22,6 +22,7 @@ from torch import fx, nn
 from foldbit.packed import thresholds
 from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.layers import Neighbours, PackedConv2d, PackedLayer
+from foldbit.packed.tracing import HOOKS, InPlace, traces
 
 #: Element by element or channel by channel, and monotone: thresholds can hold them.
 MONOTONE = (nn.BatchNorm2d, nn.BatchNorm1d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Identity)
@@ -60,9 +61,9 @@ def fuse_(model: nn.Module) -> FusionReport:
             layer = names[module.layer]
             report.fused.setdefault(layer, []).append(f"{type(module.original).__name__} {name}")
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    for part, graph in _traces(model):
+    for part, graph in traces(model):
         modules = dict(part.named_modules())
-        chain = _Chain(modules, Counter(), places, names, report)
+        chain = _Chain(modules, Counter(), places, names, report, InPlace(graph, modules))
         chain.calls.update(str(node.target) for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
             layer = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -104,6 +105,7 @@ class _Chain:
     places: Counter[int]
     names: dict[nn.Module, str]
     report: FusionReport
+    in_place: InPlace
     absorbed: dict[nn.Module, nn.Module] = field(default_factory=dict)
 
     def module(self, node: Any) -> nn.Module | None:
@@ -113,28 +115,35 @@ class _Chain:
         module = self.modules.get(str(node.target))
         return None if module in self.absorbed else module  # another layer has taken it
 
-    def is_used_once(self, node: fx.Node) -> bool:
-        """Whether the module that a node calls is called there only, and stands in one place only."""
+    def why_apart(self, node: fx.Node) -> str | None:
+        """Why the module that a node calls can neither do others' work nor leave its own, if so."""
         module = self.modules[str(node.target)]
-        return self.calls[str(node.target)] == 1 and self.places[id(module)] == 1
-
-    def why_keeps(self, node: fx.Node, layer: nn.Module) -> str | None:
-        """Why the module that a node next to the layer calls must keep its work, if it must."""
-        module = self.modules[str(node.target)]
-        if not self.is_used_once(node):
+        if self.calls[str(node.target)] > 1 or self.places[id(module)] > 1:
             return "it is used in several places"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return "it has hooks"
+        return "it has hooks" if any(getattr(module, hooks) for hooks in HOOKS) else None
+
+    def why_keeps(self, node: fx.Node, layer: nn.Module, channels: int) -> str | None:
+        """Why the module that a node next to the layer calls must keep its work, if it must.
+
+        Args:
+            node: the node.
+            layer: the layer.
+            channels: of what the layer takes or gives, where the module is.
+        """
+        module = self.modules[str(node.target)]
+        reason = self.why_apart(node)
+        if reason:
+            return reason
         if isinstance(module, NORMS):
             if module.running_mean is None:
                 return "it has no running statistics"
             flat = not isinstance(layer, PackedConv2d | nn.Conv2d)
             if type(module) is not (nn.BatchNorm1d if flat else nn.BatchNorm2d):
                 return f"it does not fit a {type(layer).__name__}"
+        own = module.num_features if isinstance(module, NORMS) else getattr(module, "num_parameters", 1)
+        if own != channels and (own > 1 or isinstance(module, NORMS)):
+            return f"its {own} channels are not the layer's {channels}"
         return None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
@@ -143,11 +152,12 @@ def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
     if layer.spec.config.activation == "fp":
         left.append("its neighbours: its input is float, and so is all it computes")
         return
-    if not chain.is_used_once(node):
-        left.append("its neighbours: it is used in several places")
+    reason = chain.why_apart(node)
+    if reason:
+        left.append(f"its neighbours: {reason}")
         return
     before = _before(layer, node, chain, left)
-    norm, nonlinearity = _after(layer, node, chain, left)
+    norm, nonlinearity = _after(layer, node, chain, layer.spec.out_channels, left)
     absorbed = [*before, *(m for m in (norm, nonlinearity) if m is not None)]
     if not left:
         del chain.report.left[name]
@@ -161,8 +171,8 @@ def _fuse(layer: PackedLayer, node: fx.Node, chain: _Chain) -> None:
 
 def _fold(conv: nn.Conv2d, node: fx.Node, chain: _Chain) -> None:
     """A float convolution and the batch norm behind it."""
-    norm, _ = _after(conv, node, chain, [])
-    if isinstance(norm, nn.BatchNorm2d) and chain.is_used_once(node) and chain.module(node) is conv:
+    norm, _ = _after(conv, node, chain, conv.out_channels, [])
+    if isinstance(norm, nn.BatchNorm2d) and not chain.why_apart(node) and chain.module(node) is conv:
         folded = FoldedConv2d(conv, norm)
         chain.report.fused[chain.names[conv]] = [f"BatchNorm2d {chain.names[norm]}"]
         chain.absorbed |= {conv: folded, norm: Absorbed(norm, folded)}
@@ -174,14 +184,25 @@ def _before(layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]) -
     place = node.args[0] if node.args else None
     while (module := chain.module(place)) is not None and type(module) in MONOTONE:
         assert isinstance(place, fx.Node)
-        reason = "its result has another use" if len(place.users) > 1 else chain.why_keeps(place, layer)
-        reason = reason or _why_no_thresholds(layer, module)
+        reason = "its result has another use" if len(place.users) > 1 else None
+        reason = reason or chain.why_keeps(place, layer, layer.spec.in_channels)
+        reason = reason or _why_not_later(place, node, chain.in_place) or _why_no_thresholds(layer, module)
         if reason:
             left.append(f"{type(module).__name__} {chain.names[module]}: {reason}")
             break
         found.insert(0, module)
         place = place.args[0]
     return found
+
+
+def _why_not_later(place: fx.Node, layer: fx.Node, in_place: InPlace) -> str | None:
+    """Why the module that a node calls cannot leave its work to the layer, which runs later than it."""
+    changed = in_place.changed_by(place)
+    if changed is not None and not in_place.is_own(changed):
+        return "it works in place, and others may read what it changes"
+    if in_place.between(place, layer):
+        return "something is changed in place between it and the layer"
+    return None
 
 
 def _why_no_thresholds(layer: PackedLayer, module: nn.Module) -> str | None:
@@ -195,7 +216,7 @@ def _why_no_thresholds(layer: PackedLayer, module: nn.Module) -> str | None:
 
 
 def _after(
-    layer: nn.Module, node: fx.Node, chain: _Chain, left: list[str]
+    layer: nn.Module, node: fx.Node, chain: _Chain, channels: int, left: list[str]
 ) -> tuple[nn.BatchNorm1d | nn.BatchNorm2d | None, nn.Module | None]:
     """A batch norm and a nonlinearity behind the layer, either, or none."""
     found: list[Any] = [None, None]
@@ -205,24 +226,9 @@ def _after(
         module = chain.module(user)
         if user is None or module is None or type(module) not in allowed:
             continue
-        reason = chain.why_keeps(user, layer)
+        reason = chain.why_keeps(user, layer, channels)
         if reason:
             left.append(f"{type(module).__name__} {chain.names[module]}: {reason}")
             break
         found[i], place = module, user
     return found[0], found[1]
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PackedLayer | Absorbed) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traces(module: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
-    """Graphs of the model, or of its largest parts that can be traced and hold packed layers."""
-    if isinstance(module, PackedLayer) or not any(isinstance(m, PackedLayer) for m in module.modules()):
-        return []
-    try:
-        return [(module, _Tracer().trace(module))]
-    except Exception:  # whatever a forward pass does with a proxy: its parts may fare better
-        return [found for child in module.children() for found in _traces(child)]

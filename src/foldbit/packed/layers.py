@@ -39,8 +39,9 @@ class Neighbours:
     @property
     def by_channel(self) -> bool:
         """Whether one of them treats channels differently."""
-        by_channel = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
-        return any(isinstance(m, by_channel) for m in (*self.before, self.norm_after, self.nonlinearity))
+        norms = any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in (*self.before, self.norm_after))
+        slopes = self.nonlinearity
+        return norms or (isinstance(slopes, nn.PReLU) and slopes.num_parameters > 1)
 
 
 class PackedLayer(nn.Module):
@@ -76,14 +77,16 @@ class PackedLayer(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.__dict__.update(spec.attributes())
         stored = spec.tensors()
         for name in ("planes", "scales", "bias", "activation_scales"):
             dtype, shape = stored.get(name, (None, ()))
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in stored else None)
+            empty = torch.zeros(shape, dtype=dtype, device="cpu") if name in stored else None
+            self.register_buffer(name, empty)
         # What the kernels take, made from the tensors above whenever those are loaded.
         # No buffers: those cost a search at every use, and layers of a small network take microseconds.
-        self.words = torch.empty(0, dtype=torch.int32)
-        self.weight_scales = torch.empty(0)
+        self.words = torch.empty(0, dtype=torch.int32, device="cpu")
+        self.weight_scales = torch.empty(0, device="cpu")
         self.input_scales = self.output_bias = self.thresholds = self.flips = self.slopes = None
         self.neighbours = Neighbours()
         self.register_load_state_dict_post_hook(PackedLayer._lay_out)
@@ -124,16 +127,19 @@ class PackedLayer(nn.Module):
         self.neighbours = neighbours
         self.lay_out()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer's output, in the dtype of x, and the residual added to it.
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, in the dtype of the input, and the residual added to it.
 
         Args:
-            x: the input.
+            input: of any float dtype.
             residual: of the output's shape. Dense channels-last memory is read as it is.
 
         Raises:
             RuntimeError: in training mode, where a gradient would silently stop here.
+            TypeError: for an input that is not float.
+            ValueError: for an input or a residual of another shape.
         """
+        x = input
         if self.training and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "packed layers are for inference and pass no gradient on; train the quantized model, "
@@ -142,8 +148,10 @@ class PackedLayer(nn.Module):
         images = self._as_images(x)
         if self.spec.config.activation == "fp":
             y = self._from_images(self._float_conv(images), x).to(x.dtype)
+            if residual is not None:
+                _check_residual(residual, y.shape)
             return y if residual is None else y + residual
-        added = None if residual is None else self._as_output_images(_float32(residual))
+        added = None if residual is None else self._as_output_images(_float32(residual), x)
         y = self._from_images(self._bitwise_conv(images, added), x)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
@@ -155,10 +163,15 @@ class PackedLayer(nn.Module):
             f"stride={s.stride}, padding={s.padding}, dilation={s.dilation}, groups={s.groups}, bias={s.bias}"
         )
 
-    def weight(self) -> Tensor:
-        """The approximated weight, float32 ``[out, in/groups, kh, kw]``, without any neighbour's work."""
+    @property
+    def weight(self) -> PackedWeight:
+        """The approximated weight, without any neighbour's work: ``layer.weight()`` is the tensor."""
+        return PackedWeight(self)
+
+    def _unpacked(self) -> Tensor:
+        """The approximated weight, float32 ``[out, in/groups, kh, kw]``."""
         spec = self.spec
-        shifts = torch.arange(8, dtype=torch.uint8)
+        shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
         bits = (self.planes.unsqueeze(-1) >> shifts) & 1
         negative = bits.flatten(-2)[..., : spec.channels].bool()  # [k, out, kh, kw, in/groups]
         segmented = negative.unflatten(-1, (spec.segments, -1))
@@ -191,7 +204,7 @@ class PackedLayer(nn.Module):
         x, (top, bottom, left, right) = self._pad(x)
         x = F.pad(x, (left, right, top, bottom))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight().to(x.dtype), bias, spec.stride, 0, spec.dilation, spec.groups)
+        return F.conv2d(x, self._unpacked().to(x.dtype), bias, spec.stride, 0, spec.dilation, spec.groups)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Pad with values where the padding mode asks for values; say what zero padding is left to do."""
@@ -208,7 +221,7 @@ class PackedLayer(nn.Module):
         """View the output ``[N, out, OH, OW]`` in the rank of the input x."""
         raise NotImplementedError
 
-    def _as_output_images(self, y: Tensor) -> Tensor:
+    def _as_output_images(self, y: Tensor, x: Tensor) -> Tensor:
         """View something of the output's shape as ``[N, out, OH, OW]``; undoes :meth:`_from_images`."""
         raise NotImplementedError
 
@@ -217,6 +230,10 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     def _check_input(self, x: Tensor, ranks: tuple[int, ...], channel_dim: int, expected: str) -> None:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} got an input of {x.dtype}; expected float32, or another float type"
+            )
         if x.ndim not in ranks or x.shape[channel_dim] != self.spec.in_channels:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}; expected {expected} "
@@ -249,7 +266,8 @@ class PackedLayer(nn.Module):
             self.input_scales = self.activation_scales.unsqueeze(0)
             self.thresholds = self.flips = None
             if spec.activation_planes <= thresholds.MAX_PLANES:
-                found = thresholds.find(self._before_folding(), self.activation_scales, spec.in_channels)
+                with torch.device("cpu"):  # which need not be the default
+                    found = thresholds.find(self._before_folding(), self.activation_scales, spec.in_channels)
                 self.thresholds, self.flips = thresholds.lay_out(*found, spec.groups * spec.segments)
         self.constants = ops.Constants(
             self.words,
@@ -291,7 +309,7 @@ class PackedConv2d(PackedLayer):
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y if x.ndim == 4 else y.squeeze(0)
 
-    def _as_output_images(self, y: Tensor) -> Tensor:
+    def _as_output_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y if y.ndim == 4 else y.unsqueeze(0)
 
     def _for_neighbours(self, x: Tensor) -> Tensor:
@@ -308,7 +326,7 @@ class PackedConv1d(PackedLayer):
     def _from_images(self, y: Tensor, x: Tensor) -> Tensor:
         return y.squeeze(2) if x.ndim == 3 else y.squeeze(2).squeeze(0)
 
-    def _as_output_images(self, y: Tensor) -> Tensor:
+    def _as_output_images(self, y: Tensor, x: Tensor) -> Tensor:
         return (y if y.ndim == 3 else y.unsqueeze(0)).unsqueeze(2)
 
     def _for_neighbours(self, x: Tensor) -> Tensor:
@@ -336,10 +354,12 @@ class PackedLinear(PackedLayer):
             return y.flatten(1)
         return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], self.spec.out_channels)
 
-    def _as_output_images(self, y: Tensor) -> Tensor:
+    def _as_output_images(self, y: Tensor, x: Tensor) -> Tensor:
+        _check_residual(y, torch.Size((*x.shape[:-1], self.spec.out_channels)))
         if y.ndim == 2:
             return y[:, :, None, None]
-        return y.reshape(y.shape[0] if y.ndim > 1 else 1, -1, y.shape[-1]).transpose(1, 2).unsqueeze(3)
+        samples = y.shape[0] if y.ndim > 1 else 1
+        return y.reshape(samples, math.prod(y.shape[1:-1]), y.shape[-1]).transpose(1, 2).unsqueeze(3)
 
     def _for_neighbours(self, x: Tensor) -> Tensor:
         return x
@@ -347,8 +367,46 @@ class PackedLinear(PackedLayer):
     def _float_conv(self, x: Tensor) -> Tensor:
         # As a product, for a convolution refuses images without pixels.
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x.squeeze(3).transpose(1, 2), self.weight().flatten(1).to(x.dtype), bias)
+        y = F.linear(x.squeeze(3).transpose(1, 2), self._unpacked().flatten(1).to(x.dtype), bias)
         return y.transpose(1, 2).unsqueeze(3)
+
+
+class PackedWeight:
+    """A packed layer's weight, which is a tensor only when it is called.
+
+    A forward pass that asks a layer's weight for its dtype, device or shape gets an answer without one.
+
+    Attributes:
+        dtype, device, shape, ndim, requires_grad: of the tensor.
+    """
+
+    dtype, device, requires_grad = torch.float32, torch.device("cpu"), False
+
+    def __init__(self, layer: PackedLayer) -> None:
+        self._layer = layer
+
+    @property
+    def shape(self) -> torch.Size:
+        """As in the quantized twin: ``[out, in/groups, *kernel]``."""
+        spec = self._layer.spec
+        kernel = spec.kernel_size[{"linear": 2, "conv1d": 1, "conv2d": 0}[spec.kind] :]
+        return torch.Size((spec.out_channels, spec.channels, *kernel))
+
+    @property
+    def ndim(self) -> int:
+        """How many dims."""
+        return len(self.shape)
+
+    def __call__(self) -> Tensor:
+        """The approximated weight, float32 ``[out, in/groups, *kernel]``, made anew."""
+        return self._layer._unpacked().reshape(self.shape)
+
+
+def _check_residual(residual: Tensor, shape: torch.Size) -> None:
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual must be of the output's shape {tuple(shape)}; got {tuple(residual.shape)}"
+        )
 
 
 def _float32(x: Tensor) -> Tensor:
@@ -381,7 +439,7 @@ def _slopes(nonlinearity: nn.Module | None, channels: int) -> Tensor | None:
     if isinstance(nonlinearity, nn.PReLU):
         return nonlinearity.weight.detach().float().cpu().expand(channels).contiguous()
     slope = nonlinearity.negative_slope if isinstance(nonlinearity, nn.LeakyReLU) else 0.0
-    return torch.full((channels,), slope)
+    return torch.full((channels,), slope, dtype=torch.float32, device="cpu")
 
 
 def empty(spec: LayerSpec) -> PackedLayer:

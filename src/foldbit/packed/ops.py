@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from foldbit.kernels import native
@@ -141,6 +142,8 @@ def _nobody_watches(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not _is_tracing()
         and _len_torch_dispatch_stack() == 0
+        and maybe_current_level() is None  # torch.func's transforms wrap tensors, which have no memory
+        and not torch._is_functional_tensor(x)
     )
 
 
@@ -159,6 +162,7 @@ def _directly(
         (images, out_channels, height, width),
         (height * width * out_channels, 1, width * out_channels, out_channels),
         dtype=torch.float32,
+        device="cpu",  # whatever torch.device(...) makes the default
     )
     address = 0
     if residual is not None:
@@ -208,7 +212,7 @@ def _on_cpu(
     slopes: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty(x.shape[0], *out_size, weight_scales.shape[1], dtype=torch.float32)
+    out = torch.empty(x.shape[0], *out_size, weight_scales.shape[1], dtype=torch.float32, device="cpu")
     native.conv(
         x.detach().numpy(),
         _array(words),

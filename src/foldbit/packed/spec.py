@@ -83,6 +83,16 @@ class LayerSpec:
             config=config,
         )
 
+    def attributes(self) -> dict[str, Any]:
+        """What forward passes and tools read of such a layer of torch.nn, under its names there."""
+        if self.kind == "linear":
+            return {"in_features": self.in_channels, "out_features": self.out_channels}
+        names = ("in_channels", "out_channels", "groups", "padding_mode", "kernel_size", "stride", "dilation")
+        found = {name: getattr(self, name) for name in names}
+        if self.kind == "conv1d":
+            found |= {name: found[name][1:] for name in ("kernel_size", "stride", "dilation")}
+        return found
+
     @property
     def channels(self) -> int:
         """Input channels that an output channel sees."""
