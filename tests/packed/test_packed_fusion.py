@@ -360,6 +360,11 @@ class Alike(Optional):
             ["BatchNorm2d", "ReLU"],
             "",
         ),
+        (
+            lambda: InPlace(nn.Sequential(nn.BatchNorm2d(5), nn.Dropout(), nn.ReLU(inplace=True))),
+            ["ReLU"],
+            "",
+        ),
         (lambda: InPlace(nn.ReLU()), ["ReLU"], ""),
         (lambda: Later(plus_one), [], "something is changed in place between"),
         (lambda: Later(torch.relu_), [], "something is changed in place between"),

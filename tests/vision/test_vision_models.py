@@ -91,7 +91,7 @@ NETWORKS = {
 
 #: Layers that stay float beside the first and the last, in all of a network, and why.
 LEFT = {
-    "torchvision vit": {"NonDynamicallyQuantizableLinear is a subclass whose forward pass is its own"},
+    "torchvision vit": {"MultiheadAttention reads its weight without calling it"},
     "torchvision swin": {"ShiftedWindowAttention reads its weight without calling it"},
     "timm mobilenetv3": {"Linear is a subclass whose forward pass is its own"},
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.layers import PackedLayer
@@ -111,7 +112,7 @@ class InPlace:
         """Whether a node's value is in memory that only the one node that uses it can read."""
         if len(node.users) != 1:
             return False
-        changed = self.changed_by(node)
+        changed = self.changed_by(node) or self._passed_on_by(node)
         return self._is_new(node) if changed is None else self.is_own(changed)
 
     def changed_by(self, node: fx.Node) -> fx.Node | None:
@@ -130,14 +131,23 @@ class InPlace:
             changed = node.args[0] if node.args else node.kwargs.get("input")
         return changed if isinstance(changed, fx.Node) else None
 
+    def _passed_on_by(self, node: fx.Node) -> fx.Node | None:
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        given = node.args[0] if isinstance(module, _PASS_ON) and node.args else None
+        return given if isinstance(given, fx.Node) else None
+
     def _is_new(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self._modules.get(str(node.target)), _MAKE_NEW)
-        return node.op == "call_function" and node.target in _ARITHMETIC
+        return node.op == "call_function" and node.target in _FUNCTIONS_MAKE_NEW
 
 
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
-#: Modules that never hand their input on, as an Identity does, or a Dropout in evaluation.
+#: In evaluation their output is their input.
+_PASS_ON = (nn.Identity, nn.modules.dropout._DropoutNd, Absorbed)
+#: The output of others may be a view of their input; that of these never is.
+_FUNCTIONS_MAKE_NEW = (
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, F.batch_norm,
+)  # fmt: skip
 _MAKE_NEW = (
     PackedLayer, nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.MaxPool2d,
     nn.AvgPool2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU,
