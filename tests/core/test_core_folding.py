@@ -141,10 +141,17 @@ def test_errors_are_relative_and_float64():
     x = torch.tensor([[3.0, 1.0], [0.0, -0.0], [2.0, -2.0]])
     error = fb.quantize(x, "ls-1").error(x)
     assert error.dtype == torch.float64
-    assert error.tolist() == [(1 + 1) / (9 + 1), 0, 0]
+    assert error.tolist() == pytest.approx([(1 + 1) / (9 + 1), 0, 0], rel=1e-15, abs=0)
     assert fb.quantize(x.half(), "ls-1", None).error(x.half()).shape == ()
     # The error of a zero row that planes do not reproduce is not hidden by the division.
     assert fb.quantize(x, "ls-1").error(torch.zeros_like(x)).tolist() == [8, 0, 8]
+
+
+@pytest.mark.parametrize("unit", [1e-320, 1e-170, 1.0, 1e200, 4e307])
+def test_errors_are_those_of_any_unit(unit):
+    x = torch.tensor([[1.0, 3.0], [0.0, 0.0]], dtype=torch.float64) * unit
+    error = fb.quantize(x, "ls-1").error(x)
+    assert error.tolist() == pytest.approx([0.2, 0], rel=1e-3)
 
 
 @pytest.mark.parametrize("scheme", ["ls-2", "gf-3"])

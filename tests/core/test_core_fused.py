@@ -139,6 +139,20 @@ def test_solved_scales_are_constants():
     assert fused.solve_rows(rows, "gf-2")[1].isinf().all()
 
 
+@pytest.mark.parametrize("scheme", fused.SCHEMES[:5])
+def test_vmap_solves_all_rows_at_once(scheme):
+    x = torch.randn(3, 5, 7, 11)
+    before = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # which would solve them one by one, with a warning
+    try:
+        got = torch.vmap(torch.vmap(lambda x: fb.solve(x, scheme, 0, clamp=1.0), 1), 2)(x)
+        nothing = torch.vmap(lambda x: fb.solve(x, scheme))(torch.empty(0, 4, 9))
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(before)
+    assert torch.equal(got, fb.solve(x.permute(2, 1, 0, 3), scheme, 2, clamp=1.0))
+    assert nothing.shape == (0, 4, got.shape[-1])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Gradients of gradients
 

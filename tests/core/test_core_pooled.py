@@ -154,6 +154,30 @@ def test_nan_and_infinity_are_remembered(value):
         pool.solve("ls-2")
 
 
+@pytest.mark.parametrize("scheme", ["ls-1", "ls-2", "ls-T", "gf-3", "lsf-3"])
+def test_squares_beyond_float64_are_refused(scheme):
+    x = torch.tensor([1.0, 2.0, -7.0, 3.5], dtype=torch.float64)
+    expected = Pool()
+    expected.add(x)
+    expected = expected.solve(scheme)
+    for unit in [1e-119, 1e119]:
+        pool = Pool()
+        pool.add(x * unit)
+        found = pool.solve(scheme)
+        torch.testing.assert_close(found.scales / unit, expected.scales)
+        assert found.error == pytest.approx(expected.error)
+    for unit in [1e-200, 1e200]:
+        pool = Pool()
+        pool.add(x * unit)
+        with pytest.raises(ValueError, match=r"the largest magnitude is 7e.*; scale them into 1e-120"):
+            pool.solve(scheme)
+        with pytest.raises(ValueError, match="the largest magnitude is 7e"):
+            pool.error(found.scales)
+    pool = Pool()
+    pool.add(torch.zeros(3))
+    assert pool.solve(scheme).error == 0
+
+
 def test_mistakes_are_told():
     pool = Pool()
     with pytest.raises(ValueError, match="no values were added"):

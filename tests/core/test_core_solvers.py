@@ -351,6 +351,18 @@ def test_a_clamp_solves_for_the_clipped_tensor(path, scheme, dtype):
         torch.testing.assert_close(short, fb.solve(x[:, :9].clamp(-clamp, clamp), scheme), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [*EXACT, "gf-2", "ls-3"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_clamp_beyond_the_dtype_is_none(path, scheme, dtype):
+    x = torch.tensor([[1.0, -2.0, 3e4], [1.0, -2.0, torch.inf]], dtype=dtype)
+    for clamp in [2.0 * torch.finfo(dtype).max, torch.inf]:
+        with forced(path):
+            got = fb.solve(x, scheme, clamp=clamp)
+            torch.testing.assert_close(got, fb.solve(x, scheme), rtol=0, atol=0, equal_nan=True)
+        assert got[0].isfinite().all() and got[1].isnan().all()
+
+
 def test_a_clamp_is_certified_too():
     x = torch.randn(3, 5000)
     scales, excess = fb.solve(x, "ls-2", clamp=1.0, certificate=True)

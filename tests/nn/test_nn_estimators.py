@@ -2,13 +2,23 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import foldbit as fb
-from foldbit.core import folding
+from foldbit.core import encoding, folding, fused
+from foldbit.kernels import native
 from foldbit.nn import estimators
 from foldbit.nn.estimators import straight_through
+from foldbit.nn.layers import QuantConv2d, QuantLinear
 
 SCHEMES = ["ls-1", "ls-2", "ls-T", "gf-3"]
+
+
+@pytest.fixture(params=["core", "plain torch"])
+def core(request, monkeypatch):
+    if request.param == "plain torch":
+        monkeypatch.setattr(native, "_native", None)
 
 
 def scales(*v, dtype=torch.float64):
@@ -124,3 +134,131 @@ def test_gradients_of_polynomial_gradients_are_finite_where_a_scale_is_zero():
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert second.isfinite().all() and second.any()
+
+
+@pytest.mark.parametrize("name", estimators.ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_clamp_beyond_the_dtype_is_none(dtype, name, core):
+    x, given = torch.tensor([-3e4, 0.5, 2.0], dtype=dtype), torch.tensor([1.0, 0.5], dtype=dtype)
+    results = []
+    for clamp in [None, 2.0 * torch.finfo(dtype).max]:
+        leaf = x.clone().requires_grad_()
+        y = estimators.approximate(leaf, given, (0,), name, clamp)
+        results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Forward mode, and the transforms of torch.func
+
+CONFIGS = [
+    fb.QuantConfig("ls-1", "ls-2", clamp=1.0, weight_estimator="polynomial"),
+    fb.QuantConfig("ls-3", "gf-2", weight_estimator="scaled"),
+    fb.QuantConfig("ls-1", "ls-T", granularity="rank", rank=2, activation_estimator="scaled"),
+    fb.QuantConfig("lsf-3", "ls-1", granularity="group", group_size=3, activation_granularity="tensor"),
+]
+
+
+@pytest.mark.parametrize("name", estimators.ESTIMATORS)
+def test_tangents_go_through_the_window(name, core):
+    x, v = torch.tensor([0.3, -0.7, 2.0, -9.0]), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    given = torch.tensor([1.0, 0.5])
+    for clamp in [None, 1.5]:
+
+        def quantize(x, clamp=clamp):
+            return estimators.approximate(x, given, (0,), name, clamp)
+
+        value, tangent = jvp(quantize, (x,), (v,))
+        assert torch.equal(value, quantize(x))
+        torch.testing.assert_close(tangent, vjp(quantize, x)[1](v)[0])  # the Jacobian is diagonal
+        assert tangent.any()
+        with forward_ad.dual_level():
+            for leaf in [x.clone(), x.clone().requires_grad_()]:
+                y = quantize(forward_ad.make_dual(leaf, v))
+                torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, tangent)
+            assert torch.equal(quantize(x), value)  # has no tangent
+
+
+@pytest.mark.parametrize("values", [folding.approximate, encoding.nearest])
+def test_tangents_of_the_plain_function(values):
+    x, v = torch.randn(3, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    spread = fb.solve(x, "gf-2").T[..., None]
+
+    def quantize(x, spread):
+        return straight_through(x, spread, estimators.polynomial, values=values)
+
+    y, tangent = jvp(quantize, (x, spread), (v, torch.ones_like(spread)))  # scales are constants
+    assert torch.equal(y, values(x, spread))
+    torch.testing.assert_close(tangent, v * estimators.polynomial(x, spread, None))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_transforms_of_layers_are_their_gradients(config, core):
+    torch.manual_seed(0)
+    layer, x = QuantLinear(6, 5, config=config), torch.randn(4, 6)
+    parameters = dict(layer.named_parameters())
+
+    def f(p, x):
+        return functional_call(layer, p, (x,))
+
+    gradients = grad(lambda p: f(p, x).square().sum())(parameters)
+    layer(x).square().sum().backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(gradients[name], p.grad)
+
+    loss = grad(lambda p, x: f(p, x[None]).square().sum())
+    together = vmap(loss, (None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        for name, gradient in loss(parameters, sample).items():
+            torch.testing.assert_close(together[name][i], gradient)
+
+    tangents, v = {name: torch.randn_like(p) for name, p in parameters.items()}, torch.randn_like(x)
+    _, tangent = jvp(f, (parameters, x), (tangents, v))
+    of_parameters, of_x = jacrev(f, (0, 1))(parameters, x)
+    expected = (of_x * v).sum((2, 3))
+    for name, jacobian in of_parameters.items():
+        expected = expected + (jacobian * tangents[name]).flatten(2).sum(2)
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_an_ensemble_of_convolutions():
+    layers = [QuantConv2d(3, 4, 3) for _ in range(3)]
+    x = torch.randn(2, 3, 6, 6)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    together = vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(together, torch.stack([layer(x) for layer in layers]))
+
+
+def test_hessians_are_gradients_of_gradients():
+    x, given = torch.randn(9, dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    found = hessian(lambda x: estimators.approximate(x, given, (0,), "polynomial").square().sum())(x)
+    leaf = x.requires_grad_()
+    y = straight_through(leaf, given[:, None], estimators.polynomial)
+    (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    torch.testing.assert_close(found, second.diag())
+
+
+def test_the_fused_pass_has_no_tangent_and_says_so():
+    """Also where torch.compile takes it, which does not tell Python of forward mode."""
+    x, layer = torch.randn(4, 3), QuantLinear(3, 2)
+    scales = fb.solve(x, "ls-2")
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*straight_through"):
+        jvp(lambda x: fused.approximate(x, scales, (1,), "polynomial"), (x,), (x,))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: jvp(layer, (x,), (x,))[1], backend="aot_eager")
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        compiled(x)
+
+
+def test_ordinary_training_is_fused():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = estimators.approximate(x, fb.solve(x, "ls-2"), (1,), "polynomial")
+    assert "foldbit_approximate" in y.grad_fn.name()
+    torch.compiler.reset()
+    layer = QuantLinear(3, 2, config=fb.QuantConfig("ls-3", "ls-2"))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(layer(x).sum(), x)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,13 @@ from foldbit.nn.layers import QuantConv1d, QuantConv2d, QuantLinear
 
 @dataclass(frozen=True)
 class LayerError:
-    """‖x − x̂‖² / ‖x‖² of a layer's weight and of its input (before the clamp)."""
+    """‖x − x̂‖² / ‖x‖² of a layer's weight and of its input (before the clamp).
+
+    Attributes:
+        name: the layer's, in the model.
+        weight: 0 for a weight of zeros.
+        activation: over all calls of the layer together; NaN for a layer that was not called.
+    """
 
     name: str
     weight: float
@@ -31,29 +38,38 @@ def layer_errors(model: nn.Module, x: Tensor) -> list[LayerError]:
     }
     if not layers:
         raise ValueError("the model has no quantized layers; measure it before foldbit.pack_")
-    activation: dict[nn.Module, float] = {}
+    inputs: dict[nn.Module, list[Tensor]] = {layer.input_quantizer: [] for layer in layers.values()}
 
-    def measure(quantizer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        activation[quantizer] = _relative_error(inputs[0], output)
+    def measure(quantizer: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+        inputs[quantizer].append(_squares(given[0], output))
 
-    handles = [layer.input_quantizer.register_forward_hook(measure) for layer in layers.values()]
-    was_training = model.training
+    handles = [quantizer.register_forward_hook(measure) for quantizer in inputs]
+    before = {module: module.training for module in model.modules()}
     try:
         model.eval()(x)
     finally:
-        model.train(was_training)
+        for module, training in before.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     return [
         LayerError(
             name,
-            _relative_error(layer.weight, layer.weight_quantizer(layer.weight)),
-            activation[layer.input_quantizer],
+            _ratio([_squares(layer.weight, layer.weight_quantizer(layer.weight))]),
+            _ratio(inputs[layer.input_quantizer]),
         )
         for name, layer in layers.items()
     ]
 
 
-def _relative_error(x: Tensor, approximation: Tensor) -> float:
+def _squares(x: Tensor, approximation: Tensor) -> Tensor:
+    """‖x − x̂‖² and ‖x‖², float64 ``[2]``."""
     x = x.double()
-    return float((x - approximation.double()).square().sum() / x.square().sum())
+    return torch.stack([(x - approximation.double()).square().sum(), x.square().sum()])
+
+
+def _ratio(squares: list[Tensor]) -> float:
+    if not squares:
+        return math.nan
+    lost, energy = torch.stack(squares).sum(0).tolist()
+    return float(lost / energy if energy else lost)

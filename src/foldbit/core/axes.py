@@ -1,4 +1,7 @@
-"""Which elements share scales: the dims that a solver reduces, as rows of a matrix and back."""
+"""Which elements share scales: the dims that a solver reduces, as rows of a matrix and back.
+
+And which tensors and clamps there can be scales for.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ def check_float(x: Tensor) -> None:
         raise TypeError(
             f"expected float16, bfloat16, float32 or float64, got {x.dtype}; convert it, as with x.float()"
         )
+
+
+def reachable(clamp: float | None, dtype: torch.dtype) -> float | None:
+    """The clamp; None, as for no clamp, where it is beyond the largest finite number of the dtype."""
+    return None if clamp is None or clamp > torch.finfo(dtype).max else clamp
 
 
 def normalize(ndim: int, dim: Dims) -> tuple[int, ...]:

@@ -104,14 +104,21 @@ class Quantized(NamedTuple):
     dim: tuple[int, ...]
 
     def values(self) -> Tensor:
-        """x̂ = Σ v_i·s_i, of the shape and dtype that was quantized."""
+        """x̂ = Σ v_i·s_i, of the shape and dtype that was quantized.
+
+        A level can lie beyond every value, and where those reach to the end of their dtype's range, beyond
+        that: it is infinite then.
+        """
         return unfold(self.planes, self.scales, self.dim)
 
     def error(self, x: Tensor) -> Tensor:
         """Relative squared error ‖x − x̂‖² / ‖x‖² of each row ``[...]``, in float64; 0 for an all-zero row."""
-        difference = (x.double() - self.values().double()).square().sum(self.dim)
-        energy = x.double().square().sum(self.dim)
-        return torch.where(energy == 0, difference, difference / energy)
+        x, approximation = x.double(), self.values().double()
+        unit = x.abs().amax(self.dim, keepdim=True)
+        unit = torch.where(unit > 0, unit, 1)  # squares then neither over- nor underflow
+        lost = (x / unit - approximation / unit).square().sum(self.dim)
+        energy = (x / unit).square().sum(self.dim)
+        return torch.where(energy == 0, lost, lost / energy)
 
 
 def quantize(x: Tensor, scheme: str | Scheme, dim: axes.Dims = -1) -> Quantized:

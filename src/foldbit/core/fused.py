@@ -1,8 +1,9 @@
 """Training's passes as custom operators over the native core: one or two passes over the data each way.
 
-Eager code, autograd and torch.compile run them on CPU tensors; other devices and torch.export keep to the
-plain torch code of :mod:`foldbit.core.folding` and :mod:`foldbit.nn.estimators`, which says the same in words
-that any device knows. :func:`runs` tells which it is.
+Eager code, autograd and torch.compile run them on CPU tensors; other devices, torch.export and, but for
+:func:`solve_rows`, the transforms of torch.func keep to the plain torch code of :mod:`foldbit.core.folding`
+and :mod:`foldbit.nn.estimators`, which says the same in words that any device knows. :func:`runs` tells
+whether x can be taken at all.
 
 Where scales are shared over ``dim``, elements that share them are a row, and a tensor that is dense in any
 memory order is read and written in that order, without copies. Half-precision values go through float32.
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from foldbit.core import axes, schemes
 from foldbit.kernels import native
@@ -78,7 +80,7 @@ def approximate(
     The numbers are those of ``x.clamp(−clamp, clamp)`` and :func:`foldbit.core.folding.approximate`, bit for
     bit; the gradient is that of :func:`foldbit.nn.estimators.straight_through` behind the clamp, for float32
     and float64 bit for bit, for half precision with fewer roundings. Nothing but x and the scales is kept for
-    the backward pass, which has no gradient of its own and says so.
+    the backward pass, which has no gradient of its own and says so, as forward-mode differentiation does.
 
     Args:
         x: any shape and float dtype.
@@ -91,6 +93,7 @@ def approximate(
         x̂ in the shape, dtype and, where x is dense, memory order of x.
 
     Raises:
+        RuntimeError: in forward-mode differentiation.
         ValueError: where the scales do not fit x, or the estimator is unknown.
 
     Cost: one pass forward, one pass backward.
@@ -126,6 +129,7 @@ def _solve_rows(rows: Tensor, scheme: str, clamp: float | None = None) -> tuple[
 def _approximate(
     x: Tensor, scales: Tensor, dim: Sequence[int], estimator: str, clamp: float | None = None
 ) -> Tensor:
+    _check_no_tangents()
     if x.dtype in (torch.float16, torch.bfloat16):
         return _approximate(_clipped(x, clamp).float(), scales.float(), dim, estimator).to(x.dtype)
     rows = _Rows(x, dim)
@@ -222,6 +226,7 @@ def _(rows: Tensor, scheme: str, clamp: float | None = None) -> tuple[Tensor, Te
 
 @torch.library.register_fake("foldbit::approximate")
 def _(x: Tensor, scales: Tensor, dim: Sequence[int], estimator: str, clamp: float | None = None) -> Tensor:
+    _check_no_tangents()
     return torch.empty_like(x)
 
 
@@ -235,6 +240,20 @@ def _(
     clamp: float | None = None,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Under vmap: a batch of matrices has its rows one after the other
+
+
+@torch.library.register_vmap("foldbit::solve_rows")
+def _(
+    info: Any, in_dims: tuple[int | None, ...], rows: Tensor, scheme: str, clamp: float | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    batched = rows.movedim(in_dims[0] or 0, 0)
+    scales, excess = solve_rows(batched.flatten(0, 1), scheme, clamp)
+    shape = batched.shape[:2]
+    return (scales.unflatten(0, shape), excess.unflatten(0, shape)), (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -260,6 +279,15 @@ def _through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     x, scales = ctx.saved_tensors
     window = torch.ops.foldbit.window.default
     return window(grad, x, scales, ctx.dim, ctx.estimator, ctx.clamp), None, None, None, None
+
+
+def _check_no_tangents() -> None:
+    """Refuse forward mode, for which an operator has no formula: torch would take its derivative for zero."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "foldbit::approximate has no forward-mode derivative. Differentiate outside torch.compile, where "
+            "quantizers take foldbit.nn.estimators.straight_through instead"
+        )
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

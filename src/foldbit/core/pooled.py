@@ -22,6 +22,7 @@ _PER_OCTAVE = 1024
 _BINS = _OCTAVES * _PER_OCTAVE
 _SHIFT = 52 - 10  # bits of a float64's fraction that do not tell bins apart
 _QUANTILES = 1 << 16
+_SQUARED = (1e-120, 1e120)  # float64 holds the squares of these, and of their sums
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Pool:
         schemes are solved on 65,536 quantiles.
 
         Raises:
-            ValueError: for ``fp``, where nothing was added, or where NaN or infinity was.
+            ValueError: for ``fp``, where nothing was added, where NaN or infinity was, or where the largest
+                magnitude is not within 1e-120 … 1e120, nor 0.
         """
         scheme = schemes.parse(scheme)
         if scheme.is_float:
@@ -109,6 +111,7 @@ class Pool:
             raise ValueError("nothing to solve for: no values were added")
         if self.broken():
             raise ValueError("NaN or infinity is among the values")
+        self._check_squares()
         excess: Tensor | None = None
         if scheme.name in ("ls-2", "ls-T"):
             scales, excess = self._split(scheme)
@@ -125,7 +128,11 @@ class Pool:
         """The squared error of x ≈ Σ v_i·s_i on everything added, relative to Σ x².
 
         Exact but for the bins that a threshold cuts, which count as values at their means.
+
+        Raises:
+            ValueError: where the largest magnitude is not within 1e-120 … 1e120, nor 0.
         """
+        self._check_squares()
         if not self._squares > 0:
             return 0.0
         residual = means = self._means()
@@ -134,6 +141,14 @@ class Pool:
         approximation = means - residual
         saved = 2 * self._sums @ approximation - self._counts @ approximation.square()
         return max(0.0, 1 - float(saved / self._squares))
+
+    def _check_squares(self) -> None:
+        least, most = _SQUARED
+        if self._largest != 0 and not least <= self._largest <= most:
+            raise ValueError(
+                f"the largest magnitude is {float(self._largest):.3g}, and float64 cannot hold the squares "
+                f"of values so far from 1; scale them into {least} … {most}"
+            )
 
     def _mean(self) -> Tensor:
         return self._sums.sum() / self._count

@@ -75,13 +75,15 @@ def solve(
         method: how ``ls-2`` and ``ls-T`` search: in the ``native`` core, by ``sort`` or by ``histogram`` in
             torch, or ``auto``, which takes the native core where it can read the tensor and elsewhere
             histograms for long rows.
-        clamp: solve for x clipped to [−clamp, clamp]; the native core makes no clipped copy of it.
+        clamp: solve for x clipped to [−clamp, clamp]; the native core makes no clipped copy of it. One beyond
+            the largest number of x's dtype is none.
         certificate: also return how far from optimal the scales can be.
 
     Returns:
         Scales ``[..., k]`` in x's dtype: x's shape without ``dim``, then one non-negative scale a plane,
         the largest first (greedy ones can grow, on sparse data). Constants to autograd. A row that holds
-        NaN, or infinity within the clamp, gets NaN scales; others do not.
+        NaN, or infinity within the clamp, gets NaN scales; others do not, but for float64 rows whose
+        magnitudes add up to more than float64 holds, 1.8e308: ``ls-1`` and ``gf-k`` add them up as they are.
 
         With ``certificate``, also the excess, float64 ``[...]``: an upper bound, up to float64 rounding, on
         (squared error − least squared error) / ‖x‖² before the scales are rounded to x's dtype.
@@ -111,7 +113,7 @@ def solve(
     rows = axes.as_rows(x.detach(), dims)
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp is a positive number or None; got {clamp!r}")
-    scales, excess = _solve_rows(rows, scheme, method, clamp)
+    scales, excess = _solve_rows(rows, scheme, method, axes.reachable(clamp, x.dtype))
     kept = axes.kept_shape(x.shape, dims)
     scales = scales.to(x.dtype).reshape(*kept, scheme.planes)
     if not certificate:

@@ -26,11 +26,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from foldbit.core import axes, folding, fused
 
 # (x, scales [k, ...] that broadcast against x, clamp) -> window, broadcastable against x
 Estimator = Callable[[Tensor, Tensor, float | None], Tensor]
+
+# (x, scales [k, ...] that broadcast against x) -> x̂
+Values = Callable[[Tensor, Tensor], Tensor]
 
 
 def identity(x: Tensor, scales: Tensor, clamp: float | None) -> Tensor:
@@ -84,47 +89,92 @@ def approximate(
 ) -> Tensor:
     """Clip x to ±clamp, then x̂ = Σ v_i·s_i; backward, the estimator's window where the clip did not cut.
 
-    On the CPU two fused passes (:mod:`foldbit.core.fused`), elsewhere and under torch.export
-    :func:`straight_through`.
+    On the CPU two fused passes (:mod:`foldbit.core.fused`); elsewhere, under torch.export, in torch.func's
+    transforms and in forward-mode differentiation :func:`straight_through`.
 
     Args:
         x: any shape and float dtype.
         scales: ``[..., k]``, as :func:`foldbit.solve` returns them; constants to autograd.
         dim: the non-negative dims whose elements share scales.
         estimator: a name.
-        clamp: the clip; None for none.
+        clamp: the clip; None, or a number beyond x's dtype, for none.
     """
-    window = get(estimator)
-    if estimator in fused.ESTIMATORS and fused.runs(x):
+    window, clamp = get(estimator), axes.reachable(clamp, x.dtype)
+    if estimator in fused.ESTIMATORS and fused.runs(x) and not _transformed(x):
         return fused.approximate(x, scales, dim, estimator, clamp)
     if clamp is not None:
         x = x.clamp(-clamp, clamp)
     return straight_through(x, axes.spread(scales, x.shape, tuple(dim)), window, clamp)
 
 
-def straight_through(x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None = None) -> Tensor:
-    """x̂ = Σ v_i·s_i forward, the estimator's window backward.
+def straight_through(
+    x: Tensor,
+    scales: Tensor,
+    estimator: Estimator,
+    clamp: float | None = None,
+    values: Values = folding.approximate,
+) -> Tensor:
+    """x̂ = Σ v_i·s_i forward, the estimator's window times what comes in either way of differentiation.
+
+    Plain torch: it can be differentiated again, and transformed by torch.func.
 
     Args:
         x: values, already clamped.
         scales: ``[k, ...]``, broadcastable against x plane by plane; constants to autograd.
         estimator: the window of the gradient.
         clamp: the clip x went through, for estimators that follow it.
+        values: x̂ of x and the scales: peeled, or :func:`foldbit.core.encoding.nearest`.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return folding.approximate(x, scales)
-    out: Tensor = _StraightThrough.apply(x, scales, estimator, clamp)
+    transformed = _transformed(x)
+    if not (transformed or (torch.is_grad_enabled() and x.requires_grad)):
+        return values(x, scales)
+    function = _Transformed if transformed else _StraightThrough
+    out: Tensor = function.apply(x, scales, estimator, clamp, values)
     return out
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation may follow x, which requires_grad does not tell."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(x)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None, values: Values
+    ) -> Tensor:
         ctx.save_for_backward(x, scales)
         ctx.estimator, ctx.clamp = estimator, clamp
-        return folding.approximate(x, scales)
+        return values(x, scales)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scales = ctx.saved_tensors
-        return grad * ctx.estimator(x, scales, ctx.clamp), None, None, None
+        return grad * ctx.estimator(x, scales, ctx.clamp), None, None, None, None
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func and forward mode, which torch takes longer to call, and does not compile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, scales: Tensor, estimator: Estimator, clamp: float | None, values: Values
+    ) -> Tensor:
+        return values(x, scales)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scales, ctx.estimator, ctx.clamp, _ = inputs
+        ctx.save_for_backward(x, scales)
+        ctx.save_for_forward(x, scales)
+
+    backward = staticmethod(_StraightThrough.backward)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *of_constants: Any) -> Tensor:
+        x, scales = ctx.saved_tensors
+        return tangent * ctx.estimator(x, scales, ctx.clamp)

@@ -67,7 +67,7 @@ class WeightQuantizer:
         scales = solvers.solve(segmented, self.scheme, dims)
         if not self.scheme.foldable:
             spread = axes.spread(scales, segmented.shape, dims)
-            nearest: Tensor = _Nearest.apply(segmented, spread, self.estimator)
+            nearest = estimators.straight_through(segmented, spread, self.estimator, values=encoding.nearest)
             return nearest.reshape(weight.shape)
         estimator = self.config.weight_estimator
         return estimators.approximate(segmented, scales, dims, estimator).reshape(weight.shape)
@@ -99,27 +99,13 @@ class WeightQuantizer:
         return segmented, tuple(range(first, segmented.ndim))
 
 
-class _Nearest(torch.autograd.Function):
-    """The nearest level forward, the estimator's window backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Tensor, estimator: estimators.Estimator) -> Tensor:
-        ctx.save_for_backward(x, spread)
-        ctx.estimator = estimator
-        return encoding.nearest(x, spread)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, spread = ctx.saved_tensors
-        return grad * ctx.estimator(x, spread, None), None, None
-
-
 class ActivationQuantizer(nn.Module):
     """Quantizes a layer's input.
 
     Dynamic scales are solved for every input: one set a sample (dim 0) or one a tensor. Static scales are
     running statistics: training uses the batch's own scales and averages them into ``running_scales``;
-    evaluation uses the average, or the input's own scales as long as nothing has been seen yet.
+    evaluation uses the average, or the input's own scales as long as nothing has been seen yet. Scales that
+    somebody else wrote into ``running_scales``, as averages of models do, count as seen.
 
     Args:
         config: its activation fields say how.
