@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from foldbit import cli, timing
-from foldbit.training import data
+from foldbit.training import catalogue, data
 
 TINY = ["--model_args.widths=[8,8,16]", "--data.name=digits", "--batch_size=64", "--lr=0.01"]
 
@@ -56,6 +56,7 @@ def folder(tmp_path_factory):
         cwd=folder,
     )
     (folder / "bad.safetensors").write_bytes(b"not one")
+    (folder / "bomb.yaml").write_text(f"a: &a [{'x,' * 999}]\nb: [{'*a,' * 999}]\n")  # but not a large one
     shutil.copytree(folder / "runs/w1a2", folder / "runs/cut")
     weights = folder / "runs/cut/checkpoint/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -155,12 +156,19 @@ def mistake(folder, monkeypatch, capsys, *arguments):
         ),
         (["pack", "runs/w1a2", "--out=new/packed.safetensors"], 1, "there is no folder new to write"),
         (["bench", "runs/float"], 1, "no quantized layers"),
-        (["bench", "runs/w1a2", "--threads=0"], 1, "at least 1; got 0"),
+        (["bench", "runs/w1a2", "--threads=0"], 1, "from 1 to 1024; got 0"),
         (["train", "--recipe=nope", "--run=x"], 2, "unknown recipe"),
         (["train", "--run=runs/float", "--lr=7"], 1, "lr 0.01 -> 7.0"),
         (["train", "--run=x", "--data.folder=nowhere"], 1, "nowhere is not a folder"),
         (["train", "--run=x", "--init=runs/typo"], 1, "there is no folder runs/typo"),
         (["evaluate", "bad.safetensors"], 1, "not a readable safetensors file"),
+        (["train", "--run=x", "--threads=0"], 1, "threads is a whole number, from 1 to 1024; got 0"),
+        (["evaluate", "runs/float", "--threads=100000000"], 1, "from 1 to 1024; got 100000000"),
+        (["train", "--run=x", "--seed=-1"], 1, "seed is a whole number, from 0 to 4294967295; got -1"),
+        (["analyze", "normal", "--seed=99999999999999999999"], 1, "got 99999999999999999999"),
+        (["train", "--run=x", "--lr=1e400"], 1, "lr must be positive and finite; got inf"),
+        (["train", "--run=x", "--config=bomb.yaml"], 2, "bomb.yaml is not YAML: line 2: more than 200,000"),
+        (["summary", "lenet5", "--config=bomb.yaml"], 2, "line 2: more than 200,000 characters"),
         (["train", "--run=x", "--epochs=0"], 1, "epochs must be positive"),
         (["train"], 2, "--run is required"),
         (["evaluate"], 2, "WHAT is required"),
@@ -265,3 +273,55 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_takes_up(tmp_path):
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 12
     assert "epoch 1/" not in done.stdout and "done: test accuracy" in done.stdout
     assert Path(tmp_path / "run/checkpoint/model.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "mnist/lenet5"], ["train", "--help"]])
+def test_nobody_reads_on_and_nothing_is_said(arguments):
+    command = [sys.executable, "-m", "foldbit", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == (0 if "--help" in arguments else 141)  # argparse forgives
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full there")
+def test_output_onto_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "foldbit", "recipes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch("foldbit: .*No space left on device\n", done.stderr)
+
+
+def test_an_error_of_another_pipe_is_told(tmp_path, monkeypatch, capsys):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(catalogue, "overview", broken)
+    code, said = mistake(tmp_path, monkeypatch, capsys, "recipes")
+    assert code == 1 and "Broken pipe" in said
+
+
+def test_a_terminal_without_a_character_shows_another(folder):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "foldbit", "summary", "runs/w1a2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0 and b"1?8?" in done.stdout and not done.stderr
+
+
+def test_ctrl_c_while_arguments_are_read_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["recipes"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "foldbit: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_evaluate_takes_a_folder_with_a_name_of_any_bytes(folder, tmp_path):
+    run = tmp_path / os.fsdecode(b"run\xff")
+    shutil.copytree(folder / "runs/w1a2", run)
+    assert "test images right" in foldbit("evaluate", str(run), "--threads=1").stdout

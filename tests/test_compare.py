@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from foldbit import QuantConfig, cli, compare
+from foldbit.analysis import curves, report
 from foldbit.training import data, loop, recipes
 from foldbit.training.recipes import DataConfig, Distillation, Recipe
 
@@ -111,6 +112,59 @@ def test_damaged_records_are_left_out_with_the_reason(stopped, folder):
     assert [training.folder.name for training in found] == ["w1a2"]
     reasons = list(left.values())
     assert "lacks one of epoch, test_accuracy, seconds" in reasons[0] and "not a recipe" in reasons[1]
+
+
+EPOCH = {"epoch": 1, "step": 2, "test_accuracy": 0.25, "seconds": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("metrics.jsonl", json.dumps(EPOCH | {"epoch": 0}), "no such number"),
+        ("metrics.jsonl", json.dumps(EPOCH | {"step": 0}), "no number of steps"),
+        ("metrics.jsonl", json.dumps(EPOCH | {"step": "a"}), "no number of steps"),
+        ("metrics.jsonl", json.dumps(EPOCH | {"seconds": float("nan")}), "no such number"),
+        ("metrics.jsonl", json.dumps(EPOCH | {"epoch": 10**400}), "no such number"),
+        ("losses.jsonl", '{"step": 0, "loss": 2.0}', "no such number"),
+        ("losses.jsonl", "[" * 100_000 + "\n{}\n", "line 1, is no record"),
+        ("metrics.jsonl", None, "Is a directory"),
+        ("losses.jsonl", b"\xff\n{}\n", "decode"),
+        ("config.yaml", "model: &a [*a]", "aliases written out"),
+        ("config.yaml", "lr: " + "[" * 100_000, "is not YAML"),
+    ],
+)
+def test_one_damaged_run_stops_no_comparison(stopped, file, text, reason):
+    path = stopped / "second" / file
+    path.unlink()
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = compare.run([str(stopped)], stopped / "page.html")
+    assert re.search(rf"left out: .*second \(.*{reason}.*\)", said) and "\nfirst" in said
+
+
+@pytest.mark.parametrize("name", [b"run\xff", b"a\nb", b"$x^", b"_x", b"\x1b[31m"])
+def test_folders_may_have_any_names(stopped, name):
+    run = stopped / os.fsdecode(name)
+    (stopped / "second").rename(run)
+    (stopped / "none").mkdir()
+    (stopped / "none").rename(stopped / os.fsdecode(b"none" + name))
+    shown = {b"run\xff": r"run\udcff", b"a\nb": r"a\nb", b"\x1b[31m": r"\x1b[31m"}.get(
+        name, name.decode("latin1")
+    )
+    page = stopped / "page.html"
+    said = compare.run([str(run), str(stopped / os.fsdecode(b"none" + name))], page)
+    assert f"\n{shown} " in said and f"none{shown} (" in said
+    assert f">{shown}<" in page.read_text() and "<img" in page.read_text()
+    assert said.encode() and "\x1b" not in said
+
+
+def test_the_legend_has_every_name():
+    line = report.Curve([(1, 0.5)], [(1, 2.0)])
+    figure = curves.trainings({"_x": [line], "$y^": [line], r"\udcff": [line]})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _x", r" \$y^", r" \udcff"]
+    figure.canvas.draw()
 
 
 def test_names_tell_folders_apart(tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import jsonargparse
 import pytest
+import yaml
 
 from foldbit import options
 
@@ -88,6 +89,57 @@ def test_a_missing_argument_is_named_as_it_is_written():
 def test_a_mistake_in_a_file_is_one_sentence(tmp_path, yaml, sentence):
     (tmp_path / "x.yaml").write_text(yaml)
     assert said("--run=r", f"--config={tmp_path / 'x.yaml'}") == sentence
+
+
+def bomb(levels=9):
+    """A few hundred characters that stand for 9**9 values."""
+    lines = [f"a0: &a0 [{','.join('x' * 9)}]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(), "line 6: more than 200,000 characters, aliases written out"),
+        ("a: &a {b: *a}", "line 1: more than"),
+        (f"a: &a {'x' * 1000}\nb: [{'*a,' * 300}]", "line 2: more than"),
+        ("a: " + "[" * 60 + "]" * 60, "line 1: more than 50 levels deep"),
+        ("a: 1\nb: !!set {x}", "line 2: expected text, numbers, lists and mappings; got !!set"),
+        ("a: 1\nb: !!binary aGk=", "got !!binary"),
+        ("a: !mine 3", "got !mine"),
+        ("a: *nobody", "undefined alias"),
+    ],
+)
+def test_yaml_that_nobody_would_write_is_refused(text, message):
+    with pytest.raises(yaml.YAMLError, match=message):
+        options.from_yaml(text)
+
+
+def test_yaml_with_names_and_tags_of_its_own_kinds_is_read():
+    text = "a: &a {lr: 2e-4, l: [1, null, true]}\nb: {<<: *a, n: !!str 3, q: '4'}"
+    assert options.from_yaml(text)["b"] == {"lr": 2e-4, "l": [1, None, True], "n": "3", "q": "4"}
+    assert options.from_yaml("") is None and options.from_yaml("x") == "x"
+
+
+def test_parsers_read_their_files_so_and_leave_other_parsers_alone(tmp_path):
+    (tmp_path / "bomb.yaml").write_text(bomb())
+    parser = options.parser()
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
+    parser.add_argument("--a", type=dict)
+    for given in (f"--config={tmp_path / 'bomb.yaml'}", "--a={" + bomb().replace("\n", ", ") + "}"):
+        with pytest.raises((jsonargparse.ArgumentError, ValueError), match=r"aliases written|Expected a"):
+            parser.parse_args([given])
+    theirs = jsonargparse.ArgumentParser(exit_on_error=False)
+    assert theirs.parser_mode == "yaml" and jsonargparse.get_loader("yaml") is not options.from_yaml
+
+
+@pytest.mark.parametrize("count", [0, -3, 1025, 10**8])
+def test_numbers_of_threads_in_range(count):
+    options.check_threads(None)
+    options.check_threads(1)
+    with pytest.raises(ValueError, match=f"threads is a whole number, from 1 to 1024; got {count}"):
+        options.check_threads(count)
 
 
 def test_what_it_does_not_know_it_passes_on():

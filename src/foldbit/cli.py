@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from foldbit import options
 from foldbit.training.data import Name
 
 
@@ -214,7 +216,24 @@ def demo(folder: str = "runs/demo", data: str | None = None, download: bool = Tr
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse arguments and run a command. A user's mistake becomes one line, and exit code 1 or 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout.errors == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    try:
+        try:
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # which fails here at the latest, not when Python has ended
+    except KeyboardInterrupt:
+        print("foldbit: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # of the output: others have been told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
+        if isinstance(error, BrokenPipeError):  # as behind head: nothing to tell, and a shell's number for it
+            sys.exit(141)
+        sys.exit(f"foldbit: the output cannot be written: {error.strerror}")
+
+
+def _run(arguments: list[str]) -> None:
     try:
         given = _parse(arguments)
     except ImportError as error:
@@ -223,14 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"foldbit: {error}", file=sys.stderr)
         sys.exit(2)
     try:
+        options.check_threads(given.get("threads"))
+        options.check_seed(given.get("seed", 0))
         _COMMANDS[given.pop("subcommand")](**given)
     except ImportError as error:
         sys.exit(_missing(error))
+    except BrokenPipeError as error:
+        print(flush=True)  # which fails, too, where it was the output that broke
+        sys.exit(f"foldbit: {error}")
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"foldbit: {error}")
-    except KeyboardInterrupt:
-        print("foldbit: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _missing(error: ImportError) -> str:
@@ -243,21 +264,16 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: for a mistake in them, in a sentence.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError
 
-    from foldbit import options
-
-    parser = ArgumentParser(
-        prog="foldbit",
-        description="Neural networks of 1 and 2 bits.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = options.parser(
+        prog="foldbit", description="Neural networks of 1 and 2 bits.", allow_abbrev=False
     )
     commands = parser.add_subcommands(title="commands")
     known: dict[str, list[str]] = {}
     for name, command in _COMMANDS.items():
         about = (command.__doc__ or "").partition("\n\n    Args:")[0]
-        sub = ArgumentParser(prog=f"foldbit {name}", description=" ".join(about.split()), exit_on_error=False)
+        sub = options.parser(prog=f"foldbit {name}", description=" ".join(about.split()))
         sub.add_argument("--config", action=ActionConfigFile, help="a YAML file with options of this command")
         if name in _WITH_RECIPE:
             known[name] = _add_recipe(sub, name)
@@ -297,7 +313,6 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
 
 def _add_recipe(sub: Any, name: str) -> list[str]:
     """Options of a command that takes a recipe's fields; and these fields' names."""
-    from foldbit import options
     from foldbit.training.loop import Habits
     from foldbit.training.recipes import Recipe
 
@@ -340,7 +355,6 @@ _WITH_RECIPE = ("train", "bench-train")  # whose options are a recipe's fields
 
 
 def _input_size(model: Any, given: list[int] | str | None) -> tuple[int, ...]:
-    from foldbit import options
     from foldbit.summary import likely_input_size
 
     return likely_input_size(model) if given is None else options.shape(given)

@@ -85,7 +85,7 @@ def run(paths: Sequence[str], out: str | Path = "compare.html") -> str:
     said = [table(_HEADER, _rows(found, names))]
     if of_seeds:
         said += ["", table(_SEEDS_HEADER, _seed_rows(of_seeds, names)), textwrap.fill(_SEEDS_NOTE, 100)]
-    said += [f"left out: {path} ({why})" for path, why in left.items()]
+    said += [f"left out: {_printable(str(path))} ({_printable(why)})" for path, why in left.items()]
     return "\n".join([*said, f"curves: {out}"])
 
 
@@ -97,11 +97,18 @@ def find(paths: Iterable[str | Path]) -> tuple[list[Training], dict[Path, str]]:
         if path.is_file():
             left[path] = "a file"
             continue
-        inside = sorted(p for p in path.iterdir() if (p / "config.yaml").is_file()) if path.is_dir() else []
-        for folder in [path] if (path / "config.yaml").is_file() or not inside else inside:
+        try:
+            inside = (
+                sorted(p for p in path.iterdir() if (p / "config.yaml").is_file()) if path.is_dir() else []
+            )
+            folders = [path] if (path / "config.yaml").is_file() or not inside else inside
+        except OSError as error:
+            left[path] = str(error)
+            continue
+        for folder in folders:
             try:
                 found.append(read(folder))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 left[folder] = str(error)
     return found, left
 
@@ -111,14 +118,22 @@ def read(folder: Path) -> Training:
 
     Raises:
         ValueError: where it is none, or its files are damaged.
+        OSError: where they cannot be read.
     """
     recipe = runs.recipe_of(folder)
     metrics = journal.records(folder / "metrics.jsonl")
     losses = journal.records(folder / "losses.jsonl")
-    for record, keys in ((metrics, ("epoch", "test_accuracy", "seconds")), (losses, ("step", "loss"))):
-        if not all(isinstance(r.get(key), int | float) for r in record for key in keys):
-            raise ValueError(f"a record of {folder} lacks one of {', '.join(keys)}, or it is no number")
+    for records, keys in ((metrics, ("epoch", "test_accuracy", "seconds")), (losses, ("step", "loss"))):
+        if not all(_sound(record.get(key), key) for record in records for key in keys):
+            raise ValueError(f"a record of {folder} lacks one of {', '.join(keys)}, or it is no such number")
+    if not all(_sound(record.get("step", 1), "step") for record in metrics):
+        raise ValueError(f"a record of {folder} has a step that is no number of steps")
     return Training(folder, recipe, metrics, losses, len(journal.records(folder / "warnings.jsonl")))
+
+
+def _sound(value: object, key: str) -> bool:
+    """Whether a record's value can be counted with: epochs and steps are counted from 1."""
+    return isinstance(value, int | float) and (1 if key in ("epoch", "step") else -1e300) <= value <= 1e300
 
 
 def groups(found: Sequence[Training]) -> list[list[Training]]:
@@ -157,9 +172,9 @@ def _rows(found: Sequence[Training], names: Mapping[Path, str]) -> list[list[str
         rows.append(
             [
                 names[training.folder],
-                recipe.model,
+                _printable(recipe.model),
                 _schemes(recipe),
-                teacher,
+                _printable(teacher),
                 str(done) if done == recipe.epochs else f"{done} of {recipe.epochs}",
                 f"{training.last:.2%}" if done else "-",
                 f"{training.best:.2%}" if done else "-",
@@ -199,12 +214,17 @@ def _schemes(recipe: Recipe) -> str:
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """The folders' last names, or as much of their paths as tells them apart."""
+    """The folders' last names, or as much of their paths as tells them apart, printable."""
     whole = {folder: folder.resolve().parts for folder in folders}
     length = 1
     while len({parts[-length:] for parts in whole.values()}) < len({*whole.values()}):
         length += 1
-    return {folder: "/".join(parts[-length:]) for folder, parts in whole.items()}
+    return {folder: _printable("/".join(parts[-length:])) for folder, parts in whole.items()}
+
+
+def _printable(text: str) -> str:
+    """The text, with codes for what cannot be printed: the name of a folder may hold any byte."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _title(group: Sequence[Training], names: Mapping[Path, str]) -> str:

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+#: Characters of a YAML document, values that it names again counted again.
+LONGEST = 200_000
+_DEEPEST = 50
+#: Of torch: with very many, OpenMP ends the process.
+MOST_THREADS = 1024
 
 _KEY = re.compile(r'(?:Parser key|Configuration key) "(.+?)":? ?(.*)')
 _UNKNOWN = re.compile(
@@ -37,6 +48,84 @@ def shape(given: str | Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise ValueError(f"a shape is positive whole numbers, such as 1,3,32,32; got {given!r}")
     return sizes
+
+
+def check_threads(count: int | None) -> None:
+    """Refuse a number of torch's threads that cannot be.
+
+    Raises:
+        ValueError: for it. None stands for as many as are sensible.
+    """
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads is a whole number, from 1 to {MOST_THREADS}; got {count}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that random number generators would.
+
+    Raises:
+        ValueError: for it.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is a whole number, from 0 to {2**32 - 1}; got {seed}")
+
+
+def is_unicode(path: str) -> bool:
+    """Whether a file's name, which may be any bytes, is one that YAML and other libraries can hold."""
+    return not any("\ud800" <= c <= "\udfff" for c in path)
+
+
+def parser(**settings: Any) -> ArgumentParser:
+    """A parser of jsonargparse's that raises mistakes, and reads all YAML by :func:`from_yaml`."""
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("foldbit", from_yaml, (yaml.YAMLError,))  # a mode of its own: other parsers stay as they are
+    return ArgumentParser(exit_on_error=False, parser_mode="foldbit", **settings)
+
+
+def from_yaml(text: str) -> Any:
+    """What a YAML document holds: text, numbers, lists and mappings, in a size that anybody would write.
+
+    Raises:
+        yaml.YAMLError: where it is no YAML, or has values of other kinds; where it is deep, or long once its
+            aliases are written out: in a few lines they can stand for a thousand million values.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"more than {LONGEST:,} characters")
+    size = 0.0
+    named: dict[str | None, float] = {}  # sizes of what has a name
+    around: list[tuple[str | None, float]] = []  # the name of what is open, and the size before it
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        assert event.start_mark is not None
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag not in _TAGS:
+            kind = str(event.tag).replace("tag:yaml.org,2002:", "!!")
+            raise yaml.YAMLError(f"{where}: expected text, numbers, lists and mappings; got {kind}")
+        if isinstance(event, yaml.CollectionStartEvent):
+            around.append((event.anchor, size))
+            named[event.anchor] = math.inf  # should it name itself
+            size += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = around.pop()
+            named[name] = size - before
+        elif isinstance(event, yaml.ScalarEvent):
+            named[event.anchor] = 1 + len(event.value)
+            size += 1 + len(event.value)
+        elif isinstance(event, yaml.AliasEvent):
+            size += named.get(event.anchor, 0)  # an unknown one is the loader's to tell
+        if size > LONGEST:
+            raise yaml.YAMLError(f"{where}: more than {LONGEST:,} characters, aliases written out")
+        if len(around) > _DEEPEST:
+            raise yaml.YAMLError(f"{where}: more than {_DEEPEST} levels deep")
+    return get_loader("yaml")(text)  # jsonargparse's, which knows that 2e-4 is a number
+
+
+_KINDS = ("str", "int", "float", "bool", "null", "seq", "map")
+_TAGS = (None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in _KINDS))
 
 
 def fields_of(record: type) -> list[str]:

@@ -143,6 +143,32 @@ def test_files_without_weights_and_packed_files_are_refused(tmp_path):
         sources.safetensors_file(tmp_path / "p.safetensors")
 
 
+@pytest.mark.parametrize("size", [(60000, 60000), (4, 4)])
+def test_a_tensor_larger_than_what_is_stored_is_refused(tmp_path, size):
+    held = {"good.weight": torch.randn(4, 4), "bad.weight": torch.zeros(1).expand(size)}
+    torch.save({"net": held}, tmp_path / "a.pt")
+    with pytest.raises(SourceError, match=r"a\.pt: net\.bad\.weight is an expanded tensor: .*4 are stored"):
+        sources.checkpoint(tmp_path / "a.pt")
+
+
+def test_views_of_what_is_stored_and_expanded_vectors_do_no_harm(tmp_path):
+    whole = torch.randn(8, 4)
+    held = {"a.weight": whole[::2], "b.weight": whole.t(), "mask": torch.ones(1).expand(9)}
+    torch.save(held, tmp_path / "a.pt")
+    found = {weight.name: weight.load() for weight in sources.checkpoint(tmp_path / "a.pt").weights}
+    assert torch.equal(found["a.weight"], whole[::2]) and torch.equal(found["b.weight"], whole.t())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("what", ["meta", "nested"])
+def test_tensors_without_values_or_without_a_shape_are_named(tmp_path, what):
+    parts = [torch.ones(2, 2), torch.ones(3, 2)]
+    bad = torch.empty(4, 4, device="meta") if what == "meta" else torch.nested.nested_tensor(parts)
+    torch.save({"good.weight": torch.randn(4, 4), "bad.weight": bad}, tmp_path / "a.pt")
+    with pytest.raises(SourceError, match=rf"a\.pt: bad\.weight .*{what}"):
+        sources.checkpoint(tmp_path / "a.pt")
+
+
 def test_networks_know_their_layers():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(4, 4, 3, groups=4),

@@ -1,6 +1,7 @@
 """Packed files: they come back as they went, they are written whole, and no file can do harm."""
 
 import copy
+import errno
 import json
 import os
 import struct
@@ -727,3 +728,41 @@ def test_where_a_file_cannot_be_written(tmp_path):
     with pytest.raises(IsADirectoryError, match="it is a folder"):
         fb.save_packed(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_behind_a_link_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link", tmp_path / "there" / "target"
+    link.symlink_to(target)
+    for data in (b"new", b"newer"):
+        files.write(link, data)
+        assert link.is_symlink() and target.read_bytes() == data
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_that_a_file_had_or_that_the_umask_leaves(tmp_path, mask):
+    for mode in (0o600, 0o640, 0o664):
+        (tmp_path / f"{mode:o}").touch()
+        (tmp_path / f"{mode:o}").chmod(mode)
+    before = os.umask(mask)
+    try:
+        for name in ("new", "600", "640", "664"):
+            files.write(tmp_path / name, b"x")
+    finally:
+        os.umask(before)
+    modes = {path.name: f"{path.stat().st_mode & 0o777:o}" for path in tmp_path.iterdir()}
+    assert modes == {"new": f"{0o666 & ~mask:o}", "600": "600", "640": "640", "664": "664"}
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left.*/a'$"):
+        files.write(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"

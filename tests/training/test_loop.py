@@ -110,6 +110,13 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path, tiny, mistake, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("threads", [0, -1, 10**8])
+def test_threads_out_of_range_are_refused_before_anything_is_made(tmp_path, tiny, digits, threads):
+    with pytest.raises(ValueError, match=f"from 1 to 1024; got {threads}"):
+        loop.train(tiny, tmp_path / "run", images=digits, threads=threads)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("habits", "message"),
     [
@@ -129,7 +136,7 @@ def test_threads_are_those_asked_for_and_are_recorded(tmp_path, tiny, digits, ca
     assert [record["threads"] for record in outcome.metrics] == [2]
     assert "on 2 threads: as asked" in capsys.readouterr().out
     assert torch.get_num_threads() == before
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match="from 1 to 1024; got 0"):
         loop.train(tiny, tmp_path / "b", images=digits, threads=0)
 
 

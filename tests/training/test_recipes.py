@@ -15,6 +15,11 @@ from foldbit.training.recipes import DataConfig, Distillation, Recipe
 SMALL = {"lenet5": {}, "resnet8-xnor": {"widths": [4, 4, 4]}}
 CLASSES = {"mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
+#: A few hundred characters that stand for 9**9 values.
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
 
 def packaged(name, **schemes):
     return recipes.load(recipes.path_of(name), **schemes)
@@ -211,9 +216,14 @@ class TestComposition:
             (dict(a="- 1"), "a.yaml is not a recipe: expected fields"),
             (dict(a="a: ["), "a.yaml is not YAML: while parsing"),
             (dict(a="3: 4"), "is not a recipe"),
+            (dict(a="lr: 1\nmilestones: !!set {a, b}"), r"a.yaml is not YAML: line 2: expected .*got !!set"),
+            (dict(a="model: !!binary aGk="), r"a.yaml is not YAML: line 1: expected .*got !!binary"),
+            (dict(a=BOMB), "a.yaml is not YAML: line .*, aliases written out"),
+            (dict(a="base: b.yaml", b=BOMB), "b.yaml is not YAML: line .*, aliases written out"),
+            (dict(a="#" * 10**6), "a.yaml is not YAML: .*characters"),
             (
                 dict(a="x: !!python/object/apply:os.getcwd []"),
-                "is not YAML: could not determine a constructor",
+                "is not YAML: line 1: expected text, numbers, lists and mappings; got !!python/object",
             ),
             (dict(a="by_activation: ls-1"), "by_activation gives fields for schemes"),
             (dict(a="by_activation: {ls-1: 3}"), "by_activation gives fields for schemes"),
@@ -437,6 +447,20 @@ class TestCatalogue:
     def test_mistakes(self, arguments, said):
         with pytest.raises(SystemExit, match=said):
             cli.main(["recipes", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": float("inf")}, "lr must be positive and finite; got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite; got nan"),
+        ({"seed": -1}, "seed is a whole number, from 0 to 4294967295; got -1"),
+        ({"seed": 10**20}, "seed is a whole number, from 0 to 4294967295; got 100000000000000000000"),
+    ],
+)
+def test_numbers_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**changes)
 
 
 def test_the_page_says_what_is_known(tmp_path):

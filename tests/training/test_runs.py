@@ -1,7 +1,12 @@
 """Run folders: whose they are, and what is had from them."""
 
 import dataclasses
+import errno
+import os
 import shutil
+import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -113,3 +118,108 @@ def test_predictions_count_every_image_once(digits):
 )
 def test_evaluation_takes_as_many_as_fit(shape, processes, images):
     assert evaluate.batch_size(shape, processes) == images
+
+
+def in_another_process(work, *arguments):
+    """Do the work in a child, and stop it when it says that it is in the middle; the child, to be ended."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        work(lambda: (os.write(writes, b"."), time.sleep(600)), *arguments)
+        os._exit(1)
+    os.close(writes)
+    assert os.read(reads, 1) == b"."
+    os.close(reads)
+    return child
+
+
+def train_until_first_step(in_the_middle, recipe, run, images):
+    loop._Training._step = lambda *_: in_the_middle()
+    loop.train(recipe, run, images=images, threads=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_a_second_training_in_one_folder_is_refused_until_the_first_is_killed(tmp_path, tiny, digits):
+    """Before the first checkpoint too, when nothing else tells them apart."""
+    run = tmp_path / "run"
+    child = in_another_process(train_until_first_step, tiny, run, digits)
+    try:
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        for recipe in (tiny, dataclasses.replace(tiny, lr=0.5)):
+            with pytest.raises(RunError, match=f"another process is training in {run}; wait until it ends"):
+                loop.train(recipe, run, images=digits, threads=1)
+        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert loop.train(tiny, run, images=digits, threads=1).finished
+    assert loop.train(tiny, run, images=digits, threads=1).steps == 0
+
+
+def test_a_folder_that_changed_between_look_and_lock_is_refused(tmp_path, tiny, digits, monkeypatch):
+    shorter = dataclasses.replace(tiny, epochs=1)
+    genuine = runs.start_from
+
+    def slowly(model, init):  # meanwhile another process trains from beginning to end
+        monkeypatch.setattr(runs, "start_from", genuine)
+        loop.train(shorter, tmp_path / "run", images=digits, threads=1)
+        return ()
+
+    monkeypatch.setattr(runs, "start_from", slowly)
+    with pytest.raises(RunError, match=r"another recipe: init None -> x|just now"):
+        loop.train(dataclasses.replace(shorter, init="x"), tmp_path / "run", images=digits, threads=1)
+    assert recipes.load(tmp_path / "run" / "config.yaml").init is None
+
+
+def test_what_a_kill_leaves_of_a_start_can_be_used(tmp_path, tiny, digits):
+    for left in ("lock", "config.yaml.new"):
+        (tmp_path / left).touch()
+    assert not runs.may_use(tmp_path, tiny)
+    assert loop.train(dataclasses.replace(tiny, epochs=1), tmp_path, images=digits, threads=1).finished
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr": 0.5}])
+def test_a_config_that_a_person_wrote_is_never_replaced(tmp_path, tiny, digits, changes):
+    written = "# learned the hard way\n" + recipes.dump(tiny)
+    (tmp_path / "config.yaml").write_text(written)
+    with pytest.raises(
+        RunError, match=r"config\.yaml was not written by foldbit train.*pick another run folder"
+    ):
+        loop.train(dataclasses.replace(tiny, **changes), tmp_path, images=digits)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == written
+
+
+def test_going_on_leaves_a_config_with_remarks_as_it_is(float_run, tmp_path, tiny, digits):
+    shutil.copytree(float_run[0], tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("# my best\n" + config.read_text())
+    assert loop.train(tiny, tmp_path / "run", images=digits).steps == 0
+    assert config.read_text().startswith("# my best\n")
+
+
+def test_a_run_may_lie_under_a_name_of_any_bytes_but_not_begin_there(float_run, tmp_path, tiny, digits):
+    run, new = tmp_path / os.fsdecode(b"run\xff"), tmp_path / os.fsdecode(b"new\xff")
+    shutil.copytree(float_run[0], run)
+    assert runs.load_run(run)
+    for folder in (run, new):
+        with pytest.raises(RunError, match=r"folder's name is Unicode, .*udcff'; pick another folder"):
+            loop.train(tiny, folder, images=digits)
+    assert not new.exists()
+    with pytest.raises(
+        ValueError, match=r"init goes into config\.yaml, which is Unicode; rename .*run.udcff"
+    ):
+        dataclasses.replace(tiny, init=str(run))
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path, tiny, digits, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            RunError, match=r"disk is full: .*run.* could not be written; .*same command goes on"
+        ):
+            loop.train(tiny, tmp_path / "run", images=digits, threads=1)
+    assert loop.train(tiny, tmp_path / "run", images=digits, threads=1).finished

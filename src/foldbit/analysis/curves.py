@@ -25,9 +25,11 @@ def trainings(curves: Mapping[str, Sequence[Curve]]) -> Figure:
     below = 0.24 * -(-len(curves) // columns)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2 + below), layout="constrained")
     for i, (name, group) in enumerate(curves.items()):
+        # Matplotlib would read formulas between dollars, and leave out names that begin with an underscore.
+        label = f" {name}".replace("$", r"\$")
         colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)]
         for j, curve in enumerate(group):
-            look = {"color": colour, "linestyle": line, "label": None if j else name, "alpha": 0.9}
+            look = {"color": colour, "linestyle": line, "label": None if j else label, "alpha": 0.9}
             few = len(curve.accuracy) <= 25
             if curve.accuracy:
                 left.plot(

@@ -134,8 +134,8 @@ def checkpoint(path: Path) -> Source:
     State dicts are found at any depth of nested dicts, as under ``state_dict`` or ``model``.
 
     Raises:
-        SourceError: for another kind of file, one that holds more than tensors and plain values, or one
-            without weights.
+        SourceError: for another kind of file, one that holds more than tensors and plain values, one without
+            weights, or one with a tensor that has no values, or more of them than are stored.
     """
     try:
         # Mapped where the format allows: then only what is looked at is read.
@@ -148,11 +148,25 @@ def checkpoint(path: Path) -> Source:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} is not a readable PyTorch checkpoint: {_first_line(error)}") from error
     tensors = dict(_tensors(held))
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_nested:
+            what = (
+                "has a shape and no values, for it is on the meta device" if tensor.is_meta else "is nested"
+            )
+            raise SourceError(f"{path}: {name} {what}. Save a state dict of ordinary tensors instead")
     weights, left_out = _choose(
         {name: tuple(t.shape) for name, t in tensors.items()},
         {name: t.dtype in _DTYPES and t.layout == torch.strided for name, t in tensors.items()},
         lambda name: tensors[name].detach(),
     )
+    for weight in weights:
+        tensor = tensors[weight.name]
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.nbytes > stored:  # as a few bytes on disk can say of gigabytes
+            raise SourceError(
+                f"{path}: {weight.name} is an expanded tensor: {tensor.nbytes:,} bytes, of which {stored:,} "
+                "are stored. Save its clone() instead"
+            )
     return Source(
         path.name,
         f"The weights of {path}, a PyTorch checkpoint; scales for each output channel.",

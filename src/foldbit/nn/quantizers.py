@@ -164,7 +164,7 @@ class ActivationQuantizer(nn.Module):
 
     def _scales(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Scales for x, and the dims that share them."""
-        if self.static and self.seen and not self.training:
+        if self.static and not self.training and self.seen:
             return self.running_scales.to(x.dtype), axes.normalize(x.ndim, None)
         scales, dims = self.solve(x)
         if self.static and self.training:
@@ -182,7 +182,8 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _remember(self, scales: Tensor) -> None:
-        self.running_scales.lerp_(scales.to(self.running_scales.dtype), self.momentum if self.seen else 1.0)
+        # Not `seen`, which may wait for the device.
+        self.running_scales.lerp_(scales.to(self.running_scales.dtype), self.momentum if self._seen else 1.0)
         self._seen = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -101,7 +101,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         Damaged: where it cannot be read.
     """
     try:
-        return safetensors.torch.load_file(path / WEIGHTS)
+        # Not by load_file, which opens no file whose path is not Unicode; sorted, for it gives any order.
+        return dict(sorted(safetensors.torch.load((path / WEIGHTS).read_bytes()).items()))
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{path / WEIGHTS} is damaged ({line(error)})") from error
 

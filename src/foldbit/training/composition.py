@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from foldbit import options
 from foldbit.core import schemes
 from foldbit.core.config import QuantConfig
 
@@ -181,11 +182,9 @@ def _levels(path: Path, above: Sequence[Path] = ()) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file's mapping, as far as composition looks into it checked."""
-    from jsonargparse import get_loader
-
     try:
-        # By jsonargparse, which knows that 2e-4 is a number.
-        held = get_loader("yaml")(path.read_text("utf-8"))
+        with path.open(encoding="utf-8") as file:
+            held = options.from_yaml(file.read(options.LONGEST + 1))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

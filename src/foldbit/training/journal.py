@@ -168,7 +168,7 @@ def records(path: Path) -> list[Record]:
             record = json.loads(text)
             if not isinstance(record, dict):
                 raise ValueError(f"a record is a JSON object, not {text:.40}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}, is no record ({error})") from error

@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foldbit import timing
+from foldbit import options, timing
 from foldbit.training import distill, evaluate, finite, memory_order, processes, recipes, runs, schedules
 from foldbit.training.images import ImageData, Images, batches
 from foldbit.training.journal import Journal, Record
@@ -104,13 +104,14 @@ def train(
         habits: when to save, to look and to measure.
 
     Raises:
-        RunError: where the folder holds a run of another recipe, or ``init`` one of another model, or a
-            checkpoint is damaged.
+        RunError: where the folder holds a run of another recipe, or another process trains there, or
+            ``init`` names a run of another model, or a checkpoint is damaged, or the disk is full.
         TeacherError: where the recipe's teacher cannot be had, or does not fit.
-        ValueError: where processes cannot share the batch.
+        ValueError: where processes cannot share the batch, or for a number of threads out of range.
         FloatingPointError: where the loss stops being finite; it names step and layer.
     """
     run = Path(run)
+    options.check_threads(threads)
     accelerator = processes.accelerator()
     with accelerator.local_main_process_first():  # which downloads what the others find then
         images = images or evaluate.load_data(recipe)
@@ -128,12 +129,12 @@ def train(
     set_seed(recipe.seed, device_specific=True)  # processes draw what they draw apart from each other
     training = _Training(accelerator, recipe, run, model, teacher, images, some, habits)
     accelerator.wait_for_everyone()  # all have looked at the folder before it is changed
-    if accelerator.is_main_process:
-        runs.claim(run, recipe, images.classes)
-    accelerator.wait_for_everyone()
-    if resuming:
-        training.state.restore(run)
-    return training.go_on(threads)
+    first = accelerator.is_main_process
+    with runs.claimed(run, recipe, images.classes, resuming=resuming) if first else nullcontext():
+        accelerator.wait_for_everyone()
+        if resuming:
+            training.state.restore(run)
+        return training.go_on(threads)
 
 
 class _Training:

@@ -129,17 +129,29 @@ class Recipe:
         if self.quant is not None and self.quant.weight == self.quant.activation == "fp":
             object.__setattr__(self, "quant", None)  # one way to say that a network stays float
         for name in ("epochs", "batch_size", "lr", "gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be at least 0 and finite; got {self.weight_decay}")
+        options.check_seed(self.seed)
+        taught = self.distill and self.distill.teacher
+        for name, path in (("init", self.init), ("data.folder", self.data.folder), ("teacher", taught)):
+            if path and not options.is_unicode(path):
+                raise ValueError(f"{name} goes into config.yaml, which is Unicode; rename {path!a}")
         if sorted(set(self.milestones)) != self.milestones or min(self.milestones, default=1) < 1:
             raise ValueError(f"milestones are numbers of epochs, from 1, in order; got {self.milestones}")
         if self.schedule == "steps" and not self.milestones:
             raise ValueError("schedule 'steps' needs milestones, such as --milestones=[150,250]")
 
 
+def dump(recipe: Recipe) -> str:
+    """A recipe as YAML, all of it."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write a recipe as YAML."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    Path(path).write_text(dump(recipe), "utf-8")
 
 
 def load(
@@ -162,7 +174,7 @@ def load(
     """
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = options.parser()
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_class_arguments(Recipe)
     found = [composition.resolve(path, weight=weight, activation=activation) for path in paths]

@@ -3,6 +3,7 @@
 A run folder holds
 
     config.yaml       the recipe
+    lock              held by the process that trains there; the file stays, empty
     classes.json      the names of the classes, in the order of the network's outputs
     metrics.jsonl     a line an epoch
     losses.jsonl      a line every so many steps, and at an epoch's end: the mean training loss since the last
@@ -15,14 +16,18 @@ A run folder holds
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from foldbit import options
 from foldbit.core.config import QuantConfig
 from foldbit.models import pretrained
 from foldbit.packed import files
@@ -30,6 +35,7 @@ from foldbit.training import checkpoints, recipes
 from foldbit.training.recipes import Recipe
 
 CLASSES = "classes.json"
+LOCK = "lock"
 
 
 class RunError(ValueError):
@@ -105,16 +111,27 @@ def may_use(run: Path, recipe: Recipe) -> bool:
     """Whether the folder holds a checkpoint of this recipe, to go on from.
 
     Raises:
-        RunError: where the folder is another recipe's, or somebody's who does not know foldbit.
+        RunError: where the folder is another recipe's, or somebody's who does not know foldbit, or holds a
+            config.yaml that a person wrote and no checkpoint, or has a name that is not Unicode.
     """
     config = run / "config.yaml"
+    if not options.is_unicode(str(run)):
+        raise RunError(
+            f"a run folder's name is Unicode, for TensorBoard; got {str(run)!a}; pick another folder"
+        )
     if not config.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        begun = {LOCK, _UNFINISHED}  # what a kill leaves of a start
+        if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - begun):
             raise RunError(f"{run} exists, is not an empty folder and holds no run; pick another folder")
         return False
     before = recipes.load(config)  # a file of that name that is no recipe is refused: it is another's
     path = checkpoints.newest(run)
     if path is None:
+        if config.read_text("utf-8") != recipes.dump(before):
+            raise RunError(
+                f"{config} was not written by foldbit train, which would replace it; pick another run folder "
+                "(--config takes this file from where it is)"
+            )
         return False
     if not (path / checkpoints.TRAINING).is_file():
         raise RunError(f"{path} holds weights alone, from which no training can go on; pick another folder")
@@ -126,14 +143,61 @@ def may_use(run: Path, recipe: Recipe) -> bool:
     return True
 
 
-def claim(run: Path, recipe: Recipe, classes: Sequence[str]) -> None:
-    """Make the folder this recipe's, trained on images of these classes."""
+@contextmanager
+def claimed(run: Path, recipe: Recipe, classes: Sequence[str], *, resuming: bool) -> Iterator[None]:
+    """Make the folder this recipe's, trained on images of these classes; nobody else trains there meanwhile.
+
+    Args:
+        run: the folder.
+        recipe: what is trained.
+        classes: of its images.
+        resuming: what :func:`may_use` said.
+
+    Raises:
+        RunError: where another process trains there, or has since :func:`may_use` looked; for a full disk.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    checkpoints.settle(run)
-    unfinished = run / "config.yaml.new"
-    recipes.save(recipe, unfinished)
-    unfinished.replace(run / "config.yaml")
-    files.write(run / CLASSES, json.dumps(list(classes), ensure_ascii=False).encode())
+    with (run / LOCK).open("a") as file:
+        _lock(file.fileno(), run)
+        if may_use(run, recipe) != resuming:
+            raise RunError(f"another process has trained in {run} just now; give the same command again")
+        try:
+            checkpoints.settle(run)
+            if not resuming:  # else it is there, and says the same
+                recipes.save(recipe, run / _UNFINISHED)
+                (run / _UNFINISHED).replace(run / "config.yaml")
+            files.write(run / CLASSES, json.dumps(list(classes), ensure_ascii=False).encode())
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"the disk is full: {error.filename or run} could not be written; make room, and the same "
+                "command goes on from the last checkpoint"
+            ) from error
+
+
+_UNFINISHED = "config.yaml.new"
+
+
+def _lock(handle: int, run: Path) -> None:
+    """Lock an open file until it is closed; the system unlocks it when the process ends, however that comes.
+
+    A record lock, which other machines that mount the folder see, and which the process's children do not
+    inherit: those that read images may outlive a kill by seconds.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise RunError(
+                f"another process is training in {run}; wait until it ends, or pick another folder"
+            ) from error
+        # Some file systems know no locks: there it is up to the user, as it was.
 
 
 def check_classes(run: Path, classes: Sequence[str]) -> None:
