@@ -187,10 +187,10 @@ def test_unsupported_layers_are_reported_with_the_reason():
         "bilinear": "Bilinear has no quantized twin",
         "recurrent": "LSTM has no quantized twin",
         "cell": "GRUCell has no quantized twin",
-        "own": "Own is a subclass whose forward pass is its own",
+        "own": "Own is a subclass with code, parameters or parts of its own",
         "attention.out_proj": "MultiheadAttention reads its weight without calling it",
         "normed": "its weight is computed from other parameters, as weight_norm does",
-        "lazy": "LazyLinear is a subclass whose forward pass is its own",
+        "lazy": "LazyLinear is a subclass with code, parameters or parts of its own",
     }
 
 
@@ -499,7 +499,9 @@ def test_a_network_of_ones_own_with_a_module_in_several_places():
 
 
 class Renamed(nn.Conv2d):
-    """Computes what its base class does."""
+    """Is only set up otherwise."""
+
+    groups: int
 
     def reset_parameters(self):
         super().reset_parameters()
@@ -512,11 +514,29 @@ class Scaled(nn.Conv2d):
         return 2 * super()._conv_forward(x, weight, bias)
 
 
-def test_subclasses_with_the_same_forward_pass_are_quantized():
-    model = nn.Sequential(Renamed(3, 4, 3), Scaled(4, 4, 3))
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class More(nn.Conv2d):
+    """Has a parameter that others use."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_subclasses_that_are_only_set_up_otherwise_are_quantized():
+    replaced = nn.Conv2d(4, 4, 1)
+    replaced.forward = lambda x: x
+    model = nn.Sequential(*(kind(4, 4, 1) for kind in (Renamed, Scaled, Called, More)), replaced)
+    model[0].rate = 0.1
     fb.quantize_(model, W1A2, skip=())
-    assert quantized(model) == ["0"] and type(model[0]) is fb.QuantConv2d
-    assert "a subclass whose forward pass is its own" in fb.conversion_report(model).left_float["1"]
+    assert quantized(model) == ["0"] and type(model[0]) is fb.QuantConv2d and model[0].rate == 0.1
+    left = fb.conversion_report(model).left_float
+    assert [left[name].split()[0] for name in "123"] == ["Scaled", "Called", "More"]
+    assert left["4"] == "its forward pass has been replaced"
 
 
 class Helped(Windowed):
@@ -536,8 +556,30 @@ class Helped(Windowed):
         return self.shared(self.proj(self.project(x)))
 
 
-def test_a_method_of_the_forward_pass_that_reads_a_weight_is_noticed():
-    model = nn.Sequential(Helped(), nn.Linear(4, 4))
+class Decorated(Windowed):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.shared(self.proj(nn.functional.linear(x, self.qkv.weight)))
+
+
+class Variable(Windowed):
+    def forward(self, x):
+        qkv = self.qkv
+        return self.shared(self.proj(nn.functional.linear(x, qkv.weight, qkv.bias)))
+
+
+class Inner(Windowed):
+    @property
+    def matrices(self):
+        return [module.weight for module in (self.qkv,)] + [(lambda: self.qkv.weight)()]
+
+    def forward(self, x):
+        return self.shared(self.proj(nn.functional.linear(x, self.matrices[0])))
+
+
+@pytest.mark.parametrize("kind", [Helped, Decorated, Variable, Inner])
+def test_what_the_forward_pass_reads_by_way_of_others_is_noticed(kind):
+    model = nn.Sequential(kind(), nn.Linear(4, 4))
     fb.quantize_(model, W1A2, skip=())
     assert quantized(model) == ["0.proj", "0.shared", "1"]
 

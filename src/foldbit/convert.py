@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -255,13 +256,15 @@ def _unsupported(model: nn.Module) -> dict[str, str]:
         kind = type(module).__name__
         if isinstance(module, QuantLayer | PackedLayer):
             continue
-        if layers.kind_of(module):
+        if isinstance(module, _QUANTIZABLE):
             if module in bypassed:
                 reasons[name] = bypassed[module]
             elif "weight" not in module._parameters:
                 reasons[name] = "its weight is computed from other parameters, as weight_norm does"
-        elif isinstance(module, _QUANTIZABLE):
-            reasons[name] = f"{kind} is a subclass whose forward pass is its own"
+            elif "forward" in vars(module):
+                reasons[name] = "its forward pass has been replaced"
+            elif layers.kind_of(module) is None:
+                reasons[name] = f"{kind} is a subclass with code, parameters or parts of its own"
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
             reasons[name] = f"{kind} has no quantized twin"
     return reasons
@@ -274,22 +277,42 @@ def _reads_weights_of(kind: type[nn.Module]) -> frozenset[str]:
     """Names of children whose ``weight`` a forward pass reads, past their own forward passes.
 
     torch's transformer layers do, and windowed attention in torchvision and timm, which has
-    ``F.linear(x, self.qkv.weight)``. The bytecode tells, where two attributes are loaded in a row; a third
-    one that is no more than a property of the weight, as in ``x.to(self.proj.weight.dtype)``, needs no value.
+    ``F.linear(x, self.qkv.weight)``. The bytecode of the forward pass, and of the methods and properties that
+    it names, tells, where two attributes are loaded in a row, or the first by way of a variable; a third one
+    that is no more than a property of the weight, as in ``x.to(self.proj.weight.dtype)``, needs no value.
     """
     found, seen, waiting = set(), {"forward"}, ["forward"]
     while waiting:
         name = waiting.pop()
-        for base in kind.__mro__:  # a subclass may call what it overrides
-            if not inspect.isfunction(method := vars(base).get(name)):
-                continue
-            calls = [i.argval if i.opname in _LOADS else None for i in dis.get_instructions(method)]
-            triples = zip(calls, calls[1:], [*calls[2:], None], strict=False)
+        for code in (code for base in kind.__mro__ for code in _code(vars(base).get(name))):
+            loaded = _loaded(code)
+            triples = zip(loaded, loaded[1:], [*loaded[2:], None], strict=False)
             found |= {a for a, b, c in triples if a and b == "weight" and c not in _PROPERTIES}
-            methods = {c for c in calls if c and inspect.isfunction(getattr(kind, c, None))} - seen
+            methods = {name for name in loaded if name and _code(inspect.getattr_static(kind, name, None))}
+            waiting += methods - seen
             seen |= methods
-            waiting += methods
     return frozenset(found)
 
 
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD")  # the latter up to Python 3.11
+def _code(member: object) -> list[types.CodeType]:
+    """The bytecode of a method or property, and of the functions inside it."""
+    method = inspect.unwrap(member.fget) if isinstance(member, property) and member.fget else member
+    method = inspect.unwrap(method) if callable(method) else getattr(method, "__func__", None)
+    codes = [method.__code__] if inspect.isfunction(method) else []
+    for code in codes:
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    return codes
+
+
+def _loaded(code: types.CodeType) -> list[str | None]:
+    """The attributes that are loaded one after the other; None for any other instruction."""
+    loaded: list[str | None] = []
+    variables: dict[str, str | None] = {}
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_FAST":
+            variables[instruction.argval] = loaded[-1] if loaded else None
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):  # the latter up to Python 3.11
+            loaded.append(instruction.argval)
+        else:
+            loaded.append(variables.get(instruction.argval) if instruction.opname == "LOAD_FAST" else None)
+    return loaded

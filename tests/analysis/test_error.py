@@ -59,3 +59,11 @@ def test_zeros_are_without_error():
     model = quantized(nn.Linear(3, 2))
     nn.init.zeros_(model[0].weight)
     assert error.layer_errors(model, torch.zeros(4, 3)) == [error.LayerError("0", 0, 0)]
+
+
+def test_compiled_networks_are_measured():
+    model = quantized(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(4, 3)
+    with torch.no_grad():
+        compiled(x)  # from here on there is code that calls no hooks
+        assert all(layer.activation < 1 for layer in error.layer_errors(compiled, x))

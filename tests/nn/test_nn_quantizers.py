@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import foldbit as fb
@@ -435,3 +436,26 @@ def test_scales_that_an_average_of_models_writes_are_seen():
         assert other.eval()[0].input_quantizer.seen
         torch.testing.assert_close(fb.pack_(copy.deepcopy(other))(x), other(x))
     torch.testing.assert_close(copied(x), model.eval()(x))
+
+
+def test_scales_that_are_only_lent_or_have_no_values_are_not_seen():
+    quantizer = ActivationQuantizer(static()).eval()
+    x = torch.randn(4, 5)
+    expected = quantizer(x)
+    lent = torch.func.functional_call(quantizer, {"running_scales": torch.tensor([1.0, 0.5])}, (x,))
+    assert not torch.equal(lent, expected) and torch.equal(quantizer(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not quantizer.train().eval().seen
+    both = torch.zeros(2, 2)
+    torch.func.vmap(lambda scales: torch.func.functional_call(quantizer, {"running_scales": scales}, (x,)))(
+        both
+    )
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def modes(x):
+        quantizer.eval()
+        y = quantizer(x)
+        quantizer.train()
+        return y
+
+    assert torch.equal(modes(x), expected)

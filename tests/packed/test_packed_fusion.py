@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -462,3 +463,136 @@ def test_packing_a_fused_network_again_changes_nothing():
     assert torch.equal(fb.pack_(fused)(x), y) and "cannot trace" not in str(
         fb.conversion_report(fused).fusion
     )
+
+
+class Hooked(nn.Module):
+    """A part whose hook changes what goes in, or what comes out."""
+
+    def __init__(self, *parts, hooked, before=False):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        if before:
+            parts[hooked].register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2 + 0.3,))
+        else:
+            parts[hooked].register_forward_hook(lambda _module, _inputs, output: output * 2 + 0.3)
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Arguments(nn.Module):
+    """Goes other ways with other arguments."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.relu, self.conv, self.decide = nn.ReLU(), conv(5, 5), decide
+
+    def forward(self, x, a=None, b=None, **rest):
+        y = self.relu(x)
+        return self.conv(y) if self.decide(a, b, rest) else self.conv(y) + y
+
+
+class Given(nn.Module):
+    """Its layer is given a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(5, 5), nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        y = self.conv(x, x) if isinstance(self.conv, PackedLayer) else self.conv(x) + x
+        return self.norm(y)
+
+
+class Keeping(nn.Module):
+    """Keeps what goes into its layer."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.relu, self.conv, self.keep, self.kept = nn.ReLU(), conv(5, 5), keep, []
+
+    def forward(self, x):
+        y = self.relu(x)
+        self.keep(self, y)
+        return self.conv(y)
+
+    def keep_last(self, y):
+        self.last = y
+
+    def keep_all(self, y):
+        self.kept.append({"y": y})
+
+
+def helper(x):
+    return x.mul_(2)
+
+
+torch.fx.wrap("helper")
+
+
+class Shared(nn.Module):
+    """Holds what cannot be copied, its parts in a list, and a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.lock = conv(5, 5), nn.ReLU(), threading.Lock()
+        self.order, self.step = [self.relu], self.run
+        self.loss = self.conv.weight.sum()  # no leaf
+
+    def run(self, x):
+        x = self.conv(x)
+        for part in self.order:
+            x = part(x)
+        return x
+
+    def forward(self, x):
+        return self.step(x)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: Hooked(nn.Sequential(nn.BatchNorm2d(5), nn.Hardtanh()), conv(5, 5), hooked=0),
+        lambda: Hooked(nn.BatchNorm2d(5), nn.Sequential(conv(5, 5)), hooked=1, before=True),
+        lambda: Hooked(nn.Sequential(conv(5, 5)), nn.BatchNorm2d(5), hooked=0),
+        lambda: Arguments(lambda a, b, rest: rest.get("raw") is not None),
+        lambda: Arguments(lambda a, b, rest: a is not None and b is None),
+        Given,
+        lambda: Keeping(Keeping.keep_last),
+        lambda: Keeping(Keeping.keep_all),
+        lambda: Later(lambda x: (torch._foreach_mul_([x], 2), x)[1]),
+        lambda: Later(lambda x: helper(x)),
+        lambda: Later(lambda x: torch.sort(x, out=(x, torch.zeros((), dtype=torch.int64)))[0]),
+    ],
+)
+@torch.no_grad()
+def test_nothing_that_others_see_changes(part):
+    plain, fused, x = both(nn.Sequential(conv(5, 5), part()), (4, 5, 6, 6))
+    y = plain(x)
+    assert ((fused(x) - y).abs() <= 1e-4 * y.abs().max()).float().mean() > 0.99
+    for name in ("last", "kept"):
+        mine, theirs = (getattr(network[1], name, None) for network in (fused, plain))
+        torch.testing.assert_close(mine, theirs)
+
+
+@torch.no_grad()
+def test_what_cannot_be_copied_fuses():
+    model = nn.Sequential(Shared(), conv(5, 5))
+    x = torch.randn(4, 5, 6, 6)
+    y = fb.quantize_(model, DYNAMIC, skip=()).eval()(x)
+    torch.testing.assert_close(fb.pack_(model)(x), y)
+    assert fb.conversion_report(model).fusion.fused["0.conv"] == ["ReLU 0.relu"]
+
+
+@torch.no_grad()
+def test_a_replaced_forward_pass_stays():
+    model = nn.Sequential(nn.ReLU(), conv(5, 5), nn.ReLU())
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6, 6)
+    settled(fb.quantize_(model, STATIC, skip=()), x)
+    model[0].forward = model[2].forward = lambda x: x.sin()
+    y = model(x)
+    torch.testing.assert_close(fb.pack_(model)(x), y)
+    assert "its forward pass has been replaced" in str(fb.conversion_report(model).fusion)

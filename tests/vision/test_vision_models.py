@@ -93,7 +93,7 @@ NETWORKS = {
 LEFT = {
     "torchvision vit": {"MultiheadAttention reads its weight without calling it"},
     "torchvision swin": {"ShiftedWindowAttention reads its weight without calling it"},
-    "timm mobilenetv3": {"Linear is a subclass whose forward pass is its own"},
+    "timm mobilenetv3": {"Linear is a subclass with code, parameters or parts of its own"},
 }
 
 

@@ -46,7 +46,8 @@ def layer_errors(model: nn.Module, x: Tensor) -> list[LayerError]:
     handles = [quantizer.register_forward_hook(measure) for quantizer in inputs]
     before = {module: module.training for module in model.modules()}
     try:
-        model.eval()(x)
+        with torch.compiler.set_stance("force_eager"):  # compiled code may call no hooks
+            model.eval()(x)
     finally:
         for module, training in before.items():
             module.training = training

@@ -90,19 +90,27 @@ TWINS: dict[type[nn.Module], type[QuantConv2d] | type[QuantConv1d] | type[QuantL
 }
 
 
+#: What a subclass may define and still be what it is a subclass of.
+_SETTING_UP = {"__init__", "reset_parameters", "extra_repr"}
+
+
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The type with a twin that a module is, or is a subclass of that computes the same; None for others."""
+    """The type with a twin that a module is, or is a subclass of that is only set up otherwise; else None."""
     kind = next((kind for kind in TWINS if isinstance(module, kind)), None)
-    own = type(module)
-    lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)  # it has no weight yet
-    if kind is None or lazy or own.forward is not kind.forward:
+    if kind is None or "forward" in vars(module) or module._modules or module._buffers:
         return None
-    same = issubclass(kind, nn.Linear) or own._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
-    return kind if same else None
+    own = type(module).__mro__[: type(module).__mro__.index(kind)]
+    defined = {name for base in own for name, value in vars(base).items() if _is_code(value)}
+    return kind if defined <= _SETTING_UP and module._parameters.keys() <= {"weight", "bias"} else None
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or hasattr(type(value), "__get__")
 
 
 def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
-    """The quantized twin of a float layer. It shares the layer's parameters, hooks, mode and device.
+    """The quantized twin of a float layer. It shares the layer's parameters, hooks, attributes, mode and
+    device.
 
     Raises:
         TypeError: for a layer without a twin.
@@ -136,6 +144,7 @@ def from_float(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     twin.weight = layer.weight
     twin.bias = layer.bias
     _add_quantizers(twin, config)  # again, now that the device is known
+    vars(twin).update({name: value for name, value in vars(layer).items() if name not in vars(twin)})
     keep_hooks(layer, twin)
     return twin.train(layer.training)
 

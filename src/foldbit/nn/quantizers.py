@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 from foldbit.core import axes, encoding, folding, low_rank, schemes, solvers
 from foldbit.core.config import QuantConfig
@@ -114,6 +116,7 @@ class ActivationQuantizer(nn.Module):
     """
 
     running_scales: Tensor
+    _seen = False
 
     def __init__(
         self, config: QuantConfig, momentum: float = 0.1, device: torch.device | None = None
@@ -126,7 +129,6 @@ class ActivationQuantizer(nn.Module):
         self.momentum = momentum
         estimators.get(config.activation_estimator)  # refuses unknown ones now
         self.estimator = config.activation_estimator
-        self._seen = False
         if self.static:
             self.register_buffer("running_scales", torch.zeros(self.scheme.planes, device=device))
 
@@ -140,14 +142,11 @@ class ActivationQuantizer(nn.Module):
     @property
     def seen(self) -> bool:
         """Whether there are running scales. Their values are looked at until there are."""
-        if not self._seen and not torch.compiler.is_compiling():
-            self._look()
-        return self._seen
+        return self._seen or self._holds_scales()
 
     def train(self, mode: bool = True) -> ActivationQuantizer:
-        """As in torch.nn; scales that were written into the running ones are noticed then, at the latest."""
-        if not self._seen:
-            self._look()  # compiled code cannot
+        """As in torch.nn; scales that were written into the running ones are remembered as seen."""
+        self._seen = self.seen  # compiled code cannot look
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -171,8 +170,12 @@ class ActivationQuantizer(nn.Module):
             self._remember(scales)
         return scales, dims
 
-    def _look(self) -> None:
-        self._seen = self.static and not self.running_scales.is_meta and bool(self.running_scales.any())
+    def _holds_scales(self) -> bool:
+        if not self.static or torch.compiler.is_compiling():
+            return False
+        scales = self.running_scales
+        no_values = scales.is_meta or is_functorch_wrapped_tensor(scales) or detect_fake_mode(scales)
+        return not no_values and bool(scales.any())
 
     @torch.no_grad()
     def set_scales(self, scales: Tensor) -> None:
@@ -193,5 +196,4 @@ class ActivationQuantizer(nn.Module):
             device = "cpu" if self.running_scales.is_meta else self.running_scales.device
             state_dict[key] = torch.zeros(self.scheme.planes, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._seen = False
-        self._look()
+        self._seen = self._holds_scales()

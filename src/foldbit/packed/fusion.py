@@ -22,7 +22,7 @@ from torch import fx, nn
 from foldbit.packed import thresholds
 from foldbit.packed.absorbed import Absorbed, FoldedConv2d
 from foldbit.packed.layers import Neighbours, PackedConv2d, PackedLayer
-from foldbit.packed.tracing import HOOKS, InPlace, traces
+from foldbit.packed.tracing import InPlace, has_hooks, traces
 
 #: Element by element or channel by channel, and monotone: thresholds can hold them.
 MONOTONE = (nn.BatchNorm2d, nn.BatchNorm1d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Identity)
@@ -51,8 +51,9 @@ def fuse_(model: nn.Module) -> FusionReport:
 
     Float convolutions take over the batch norms behind them, too. Layers that did so before stay as they are.
 
-    The trace speaks for every later call: a forward pass must not skip a module that it called then, nor call
-    a module of a part from outside that part where only the parts can be traced.
+    The trace speaks for every later call: a forward pass must not skip a module that it called then, nor use
+    its result otherwise (in the trace required arguments are not None, and gradients are whatever they are),
+    nor call a module of a part from outside that part where only the parts can be traced.
     """
     report = FusionReport()
     names = {module: name for name, module in model.named_modules()}
@@ -120,7 +121,9 @@ class _Chain:
         module = self.modules[str(node.target)]
         if self.calls[str(node.target)] > 1 or self.places[id(module)] > 1:
             return "it is used in several places"
-        return "it has hooks" if any(getattr(module, hooks) for hooks in HOOKS) else None
+        if "forward" in vars(module):
+            return "its forward pass has been replaced"
+        return "it has hooks" if has_hooks(module) else None
 
     def why_keeps(self, node: fx.Node, layer: nn.Module, channels: int) -> str | None:
         """Why the module that a node next to the layer calls must keep its work, if it must.
@@ -197,8 +200,7 @@ def _before(layer: PackedLayer, node: fx.Node, chain: _Chain, left: list[str]) -
 
 def _why_not_later(place: fx.Node, layer: fx.Node, in_place: InPlace) -> str | None:
     """Why the module that a node calls cannot leave its work to the layer, which runs later than it."""
-    changed = in_place.changed_by(place)
-    if changed is not None and not in_place.is_own(changed):
+    if not all(map(in_place.is_own, in_place.changed_by(place))):
         return "it works in place, and others may read what it changes"
     if in_place.between(place, layer):
         return "something is changed in place between it and the layer"
@@ -219,6 +221,9 @@ def _after(
     layer: nn.Module, node: fx.Node, chain: _Chain, channels: int, left: list[str]
 ) -> tuple[nn.BatchNorm1d | nn.BatchNorm2d | None, nn.Module | None]:
     """A batch norm and a nonlinearity behind the layer, either, or none."""
+    if len(node.args) + len(node.kwargs) > 1:
+        left.append("what is behind it: it is called with a residual")
+        return None, None
     found: list[Any] = [None, None]
     place = node
     for i, allowed in enumerate((NORMS, NONLINEARITIES)):
