@@ -1,5 +1,6 @@
 """The command line, run as a user would: the real program, its output and exit codes."""
 
+import io
 import json
 import os
 import re
@@ -57,6 +58,7 @@ def folder(tmp_path_factory):
     )
     (folder / "bad.safetensors").write_bytes(b"not one")
     (folder / "bomb.yaml").write_text(f"a: &a [{'x,' * 999}]\nb: [{'*a,' * 999}]\n")  # but not a large one
+    (folder / "odd.yaml").write_text("data: {download: !!bool q}\n")
     shutil.copytree(folder / "runs/w1a2", folder / "runs/cut")
     weights = folder / "runs/cut/checkpoint/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -169,6 +171,10 @@ def mistake(folder, monkeypatch, capsys, *arguments):
         (["train", "--run=x", "--lr=1e400"], 1, "lr must be positive and finite; got inf"),
         (["train", "--run=x", "--config=bomb.yaml"], 2, "bomb.yaml is not YAML: line 2: more than 200,000"),
         (["summary", "lenet5", "--config=bomb.yaml"], 2, "line 2: more than 200,000 characters"),
+        (["train", "--run=x", "--config=odd.yaml"], 2, "odd.yaml is not YAML: a value cannot be read ('q')"),
+        (["summary", "lenet5", "--config=odd.yaml"], 2, "a value cannot be read ('q')"),
+        (["train", "--run=x", "--seed=!!int ''"], 2, "string index out of range"),
+        (["train", "--run=x", f"--lr={'59:' * 200}1.5"], 2, "too large"),
         (["train", "--run=x", "--epochs=0"], 1, "epochs must be positive"),
         (["train"], 2, "--run is required"),
         (["evaluate"], 2, "WHAT is required"),
@@ -276,9 +282,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_takes_up(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
 @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "mnist/lenet5"], ["train", "--help"]])
-def test_nobody_reads_on_and_nothing_is_said(arguments):
-    command = [sys.executable, "-m", "foldbit", *arguments]
+def test_nobody_reads_on_and_nothing_is_said(arguments, unbuffered):
+    command = [sys.executable, *unbuffered, "-m", "foldbit", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -299,8 +306,60 @@ def test_an_error_of_another_pipe_is_told(tmp_path, monkeypatch, capsys):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(catalogue, "overview", broken)
-    code, said = mistake(tmp_path, monkeypatch, capsys, "recipes")
-    assert code == 1 and "Broken pipe" in said
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="Broken pipe"):
+        cli.main(["recipes"])
+    assert not capsys.readouterr().out
+
+
+class Output:
+    """Something with write, as a program may put in the place of its output."""
+
+    def __init__(self, broken=False):
+        self.text, self.broken = "", broken
+
+    def write(self, text):
+        if self.broken:
+            raise BrokenPipeError(32, "Broken pipe")
+        self.text += text
+
+
+def test_any_output_will_do(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.main(["recipes"])
+    monkeypatch.setattr(sys, "stdout", Output())
+    cli.main(["recipes"])
+    assert "fashion-mnist" in sys.stdout.text
+    monkeypatch.setattr(sys, "stdout", Output(broken=True))
+    with pytest.raises(SystemExit, match="Broken pipe"):
+        cli.main(["recipes"])
+
+
+def test_an_output_without_a_descriptor_may_break(monkeypatch):
+    class Broken(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["recipes"])
+    assert stopped.value.code == 141
+
+
+def test_an_output_that_broke_leaves_no_descriptor_open_and_the_next_as_it_was(monkeypatch):
+    reads, writes = os.pipe()
+    with os.fdopen(writes, "w", encoding="ascii") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        cli.main(["recipes", "mnist/lenet5"])
+        assert output.errors == "strict"
+        os.close(reads)
+        free = os.dup(writes)
+        os.close(free)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["recipes"])
+        again = os.dup(writes)
+        os.close(again)
+        assert stopped.value.code == 141 and again == free
 
 
 def test_a_terminal_without_a_character_shows_another(folder):

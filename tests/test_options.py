@@ -109,6 +109,14 @@ def bomb(levels=9):
         ("a: 1\nb: !!binary aGk=", "got !!binary"),
         ("a: !mine 3", "got !mine"),
         ("a: *nobody", "undefined alias"),
+        ("a: !!bool q", r"a value cannot be read \('q'\); put text into quotes"),
+        ("a: !!int ''", "cannot be read .string index out of range"),
+        ("a: !!int abc", "cannot be read .invalid literal"),
+        ("a: 0b_", "cannot be read .invalid literal"),
+        ("a: !!float ''", "cannot be read"),
+        (f"a: {':'.join(['59'] * 200)}.5", "cannot be read .*too large"),
+        (f"a: {'9' * 5000}", "cannot be read"),
+        ("a: \udcff", "cannot be read|not allowed"),
     ],
 )
 def test_yaml_that_nobody_would_write_is_refused(text, message):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,21 +218,43 @@ def demo(folder: str = "runs/demo", data: str | None = None, download: bool = Tr
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse arguments and run a command. A user's mistake becomes one line, and exit code 1 or 2."""
-    if sys.stdout.errors == "strict" and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         try:
-            _run(list(sys.argv[1:] if arguments is None else arguments))
+            with _lenient(sys.stdout):
+                _run(list(sys.argv[1:] if arguments is None else arguments))
         finally:
-            sys.stdout.flush()  # which fails here at the latest, not when Python has ended
+            getattr(sys.stdout, "flush", lambda: None)()  # which fails here, not when Python has ended
     except KeyboardInterrupt:
         print("foldbit: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # of the output: others have been told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has somewhere to go
+        with suppress(OSError, ValueError, AttributeError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is left has somewhere to go
         if isinstance(error, BrokenPipeError):  # as behind head: nothing to tell, and a shell's number for it
             sys.exit(141)
-        sys.exit(f"foldbit: the output cannot be written: {error.strerror}")
+        sys.exit(f"foldbit: the output cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def _lenient(output: Any) -> Iterator[None]:
+    """Show another character for one that a terminal lacks. The output may be None, or any object."""
+    if getattr(output, "errors", None) != "strict" or not hasattr(output, "reconfigure"):
+        yield
+        return
+    output.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        output.reconfigure(errors="strict")
+
+
+def _has_no_reader(output: Any) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # no descriptor, or no poll, as on Windows
+        poll = select.poll()
+        poll.register(output, 0)  # errors alone
+        return bool(poll.poll(0))
+    return False
 
 
 def _run(arguments: list[str]) -> None:
@@ -248,7 +272,8 @@ def _run(arguments: list[str]) -> None:
     except ImportError as error:
         sys.exit(_missing(error))
     except BrokenPipeError as error:
-        print(flush=True)  # which fails, too, where it was the output that broke
+        if _has_no_reader(sys.stdout):
+            raise
         sys.exit(f"foldbit: {error}")
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"foldbit: {error}")
@@ -264,7 +289,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: for a mistake in them, in a sentence.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError
+    from jsonargparse import ActionConfigFile
 
     parser = options.parser(
         prog="foldbit", description="Neural networks of 1 and 2 bits.", allow_abbrev=False
@@ -300,7 +325,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
 
             arguments = composition.spell_out(arguments)
         parsed = parser.instantiate(parser.parse_args(arguments))
-    except (ArgumentError, ValueError, TypeError) as error:
+    except options.MISTAKES as error:
         name = next((argument for argument in arguments if argument in _COMMANDS), "")
         help_ = f"foldbit {name} --help".replace("  ", " ")
         raise ValueError(f"{options.explain(str(error), known.get(name, []))} (see {help_})") from error

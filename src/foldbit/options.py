@@ -6,6 +6,7 @@ line or two of it.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 #: Characters of a YAML document, values that it names again counted again.
 LONGEST = 200_000
 _DEEPEST = 50
+#: What parsers raise for a mistake; the last two come out of YAML in an argument, such as "!!int ''".
+MISTAKES = (argparse.ArgumentError, ValueError, TypeError, LookupError, ArithmeticError)
 #: Of torch: with very many, OpenMP ends the process.
 MOST_THREADS = 1024
 
@@ -94,6 +97,17 @@ def from_yaml(text: str) -> Any:
     import yaml
     from jsonargparse import get_loader
 
+    try:
+        _check_extent(text)
+        return get_loader("yaml")(text)  # jsonargparse's, which knows that 2e-4 is a number
+    except (ValueError, LookupError, ArithmeticError) as error:  # PyYAML lets them out, as of "!!int x"
+        raise yaml.YAMLError(f"a value cannot be read ({error}); put text into quotes") from error
+
+
+def _check_extent(text: str) -> None:
+    """Refuse YAML that is long, with its aliases written out, or deep, or has values of other kinds."""
+    import yaml
+
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"more than {LONGEST:,} characters")
     size = 0.0
@@ -121,7 +135,6 @@ def from_yaml(text: str) -> Any:
             raise yaml.YAMLError(f"{where}: more than {LONGEST:,} characters, aliases written out")
         if len(around) > _DEEPEST:
             raise yaml.YAMLError(f"{where}: more than {_DEEPEST} levels deep")
-    return get_loader("yaml")(text)  # jsonargparse's, which knows that 2e-4 is a number
 
 
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map")

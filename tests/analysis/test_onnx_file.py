@@ -176,3 +176,16 @@ def test_a_missing_package_is_named(monkeypatch, path):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(sources.MissingPackage, match="pip install onnx"):
         onnx_file.onnx_file(path)
+
+
+def test_weights_without_dims_or_with_very_many(tmp_path):
+    """Their product would take minutes."""
+    for dims in ([], [2**63 - 1] * 200_000):
+        tensor = TensorProto(data_type=TensorProto.FLOAT, name="w", dims=dims, raw_data=b"0000")
+        nodes = [node("Conv", "x", "w", output="y", group=2)]
+        value = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
+        path = tmp_path / "odd.onnx"
+        graph = helper.make_graph(nodes, "g", [value], [value], [tensor])
+        path.write_bytes(helper.make_model(graph).SerializeToString())
+        with pytest.raises(SourceError, match="no float weights"):
+            onnx_file.onnx_file(path)

@@ -465,6 +465,16 @@ def filled(value):
     return make
 
 
+def float_tensor(name, value):
+    """A value of a layer that is not packed."""
+
+    def change(description, tensors):
+        key = next(k for k in tensors if k.endswith(name) and not k.startswith(LAYER))
+        tensors[key] = filled(value)(tensors[key])
+
+    return change
+
+
 def no_tensor(name):
     def change(description, tensors):
         del tensors[f"{LAYER}.{name}"]
@@ -546,6 +556,8 @@ CORRUPT = {
     "negative scale": (tensor("scales", filled(-1e-30)), "scales holds a negative scale"),
     "NaN bias": (tensor("bias", filled(torch.nan)), "bias holds NaN"),
     "NaN input scale": (tensor("activation_scales", filled(torch.nan)), "activation_scales holds NaN"),
+    "NaN in a float layer": (float_tensor("weight", torch.nan), "weight holds NaN"),
+    "negative variance": (float_tensor("running_var", -1), "running_var holds a negative variance"),
     "negative input scale": (tensor("activation_scales", filled(-1)), "activation_scales holds a negative"),
 }  # fmt: skip
 
@@ -738,6 +750,34 @@ def test_behind_a_link_its_target_is_written(tmp_path):
         files.write(link, data)
         assert link.is_symlink() and target.read_bytes() == data
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links ask for rights there")
+def test_links_in_a_circle_are_an_error_of_the_system(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match=r"symbolic links: .*/a'$"):
+        files.write(tmp_path / "a", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_symlink()) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files there")
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("pipe", "link", "null"):
+        with pytest.raises(OSError, match=r"cannot write .*: expected a file, got a device, pipe or socket"):
+            files.write(tmp_path / name, b"x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_char_device()
+
+
+def test_a_temporary_file_of_anothers_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0")
+    (tmp_path / ".a.0").write_bytes(b"another's")
+    with pytest.raises(FileExistsError):
+        files.write(tmp_path / "a", b"x")
+    assert (tmp_path / ".a.0").read_bytes() == b"another's" and not (tmp_path / "a").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such permissions there")

@@ -221,7 +221,7 @@ HOSTILE = {
         with_values(b"\x8e" + b"\xff" * 7 + b"\x7fab"),
         "not a pickle, or a damaged",
     ),
-    "a key that cannot be one": (b"\x80\x02}]K\x01s.", "not a pickle, or a damaged"),
+    "a key that cannot be one": (b"\x80\x02}]K\x01s.", "keys that are neither text nor numbers"),
     "an empty stack": (b"\x80\x02s.", "not a pickle, or a damaged"),
     "a later protocol": (b"\x80\x09}.", "not a pickle, or a damaged"),
     "more after its end": (python2({}) + b"cposix\nsystem\n", "14 bytes follow its end"),
@@ -690,3 +690,14 @@ def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match=r"a download from .*: not allowed"):
         cifar.load(CIFAR100, cache=tmp_path, download=False)
     assert len(urls) == 1
+
+
+def test_pickles_that_would_end_the_process_or_never_end_are_refused() -> None:
+    deep = b"\x80\x02}N" + b"\x85" * 300_000 + b"Ns."  # a tuple in a tuple in a tuple …, as a key
+    twice = b"\x80\x02}Nq\x00"  # a tuple of the same tuple twice, 40 times over
+    twice += b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(40))
+    for written in (deep, twice + b"Ns.", b"\x80\x02}(" + twice[3:] + b"Nu."):
+        with pytest.raises(DataError, match="keys that are neither text nor numbers"):
+            pickles.read(written, "file")
+    with pytest.raises(DataError, match="without a proper shape"):
+        pickles.read(python2({b"data": np.zeros((1,) * 5, np.uint8)}), "file")

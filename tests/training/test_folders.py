@@ -354,9 +354,9 @@ def test_transparency_is_left_out_without_a_warning(tmp_path: Path) -> None:
 # Files that are no images
 
 
-def encoded(format_name: str) -> bytes:
+def encoded(format_name: str, height: int = 20, width: int = 20) -> bytes:
     buffer = io.BytesIO()
-    picture(3, 20, 20).save(buffer, format_name)
+    picture(3, height, width).save(buffer, format_name)
     return buffer.getvalue()
 
 
@@ -378,6 +378,14 @@ NO_IMAGES = {
     "a page": (b"%PDF-1.4\n", "is no image of a kind that is read"),
     "a billion pixels": (png_claiming(40_000, 40_000), "is refused: Image size (1600000000 pixels) exceeds"),
 }
+
+
+def test_images_too_long_to_be_scaled_are_named(tmp_path: Path) -> None:
+    folder = two_splits(tmp_path)
+    (folder / "train/dog/wrong.png").write_bytes(encoded("PNG", 1, 301))
+    assert "wrong.png is 301×1; to be scaled, the longer side may be 100 times" in refused(
+        folder, image_size=6
+    )
 
 
 @pytest.mark.parametrize("image_size", [None, 6])

@@ -218,6 +218,8 @@ class TestComposition:
             (dict(a="3: 4"), "is not a recipe"),
             (dict(a="lr: 1\nmilestones: !!set {a, b}"), r"a.yaml is not YAML: line 2: expected .*got !!set"),
             (dict(a="model: !!binary aGk="), r"a.yaml is not YAML: line 1: expected .*got !!binary"),
+            (dict(a="data: {download: !!bool q}"), r"a.yaml is not YAML: a value cannot be read \('q'\)"),
+            (dict(a="seed: !!int ''"), "a.yaml is not YAML: a value cannot be read"),
             (dict(a=BOMB), "a.yaml is not YAML: line .*, aliases written out"),
             (dict(a="base: b.yaml", b=BOMB), "b.yaml is not YAML: line .*, aliases written out"),
             (dict(a="#" * 10**6), "a.yaml is not YAML: .*characters"),
@@ -276,10 +278,20 @@ class TestLoading:
         )
         recipes.save(recipe, tmp_path / "r.yaml")
         assert recipes.load(tmp_path / "r.yaml") == recipe
+        written = (tmp_path / "r.yaml").read_text()
+        assert recipes.is_dump(written) and not recipes.is_dump(f"{written}# a remark\n")
 
     @pytest.mark.parametrize(
         "text",
-        ["epoch: 3", "epochs: many", "quant: {weight: ls-9}", "- 1", "epochs: -1", "data: {name: cifar}"],
+        [
+            "epoch: 3",
+            "epochs: many",
+            "quant: {weight: ls-9}",
+            "- 1",
+            "epochs: -1",
+            "data: {name: cifar}",
+            "seed: \"!!int ''\"",
+        ],
     )
     def test_what_does_not_fit_is_said(self, tmp_path, text):
         with pytest.raises(ValueError, match="not a recipe"):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from foldbit import models
+from foldbit import QuantConfig, models
 from foldbit.training import checkpoints, evaluate, loop, recipes, runs
 from foldbit.training.recipes import DataConfig
 from foldbit.training.runs import RunError
@@ -146,7 +146,7 @@ def test_a_second_training_in_one_folder_is_refused_until_the_first_is_killed(tm
     try:
         before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
         for recipe in (tiny, dataclasses.replace(tiny, lr=0.5)):
-            with pytest.raises(RunError, match=f"another process is training in {run}; wait until it ends"):
+            with pytest.raises(RunError, match=f"another training is going on in {run}; wait until it ends"):
                 loop.train(recipe, run, images=digits, threads=1)
         assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     finally:
@@ -154,6 +154,45 @@ def test_a_second_training_in_one_folder_is_refused_until_the_first_is_killed(tm
         os.waitpid(child, 0)
     assert loop.train(tiny, run, images=digits, threads=1).finished
     assert loop.train(tiny, run, images=digits, threads=1).steps == 0
+
+
+def claim_and_fork(in_the_middle, run, recipe):
+    with runs.claimed(run, recipe, [], resuming=False):
+        if os.fork() == 0:  # a process that reads images, and outlives a kill
+            time.sleep(3)
+            os._exit(0)
+        in_the_middle()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_children_that_outlive_a_kill_do_not_keep_the_folder(tmp_path, tiny):
+    child = in_another_process(claim_and_fork, tmp_path, tiny)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with runs.claimed(tmp_path, tiny, [], resuming=False):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_a_folder_is_claimed_once_in_one_process_and_while_it_is_copied(tmp_path, tiny):
+    def again():
+        with runs.claimed(tmp_path / "run", tiny, [], resuming=False):
+            pass
+
+    with runs.claimed(tmp_path / "run", tiny, [], resuming=False):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        for _ in range(2):  # the first leaves the lock in place
+            with pytest.raises(RunError, match="another training is going on"):
+                again()
+        child = os.fork()
+        if child == 0:  # of another process, too
+            try:
+                again()
+            except RunError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    again()
 
 
 def test_a_folder_that_changed_between_look_and_lock_is_refused(tmp_path, tiny, digits, monkeypatch):
@@ -178,9 +217,31 @@ def test_what_a_kill_leaves_of_a_start_can_be_used(tmp_path, tiny, digits):
     assert loop.train(dataclasses.replace(tiny, epochs=1), tmp_path, images=digits, threads=1).finished
 
 
+def test_a_start_that_was_killed_is_known_again_whatever_its_numbers_and_fields(tmp_path, tiny):
+    whole = QuantConfig("ls-1", "ls-2", activation_scales="static", clamp=2)
+    recipe = dataclasses.replace(tiny, lr=1, weight_decay=0, quant=whole, model_args={"widths": (8, 8)})
+    recipes.save(recipe, tmp_path / "config.yaml")
+    assert not runs.may_use(tmp_path, tiny)
+    written = (tmp_path / "config.yaml").read_text()
+    assert "lr: 1\n" in written and "clamp: 2\n" in written
+    (tmp_path / "config.yaml").write_text(written.replace("seed: 0\n", ""))  # as before there was a seed
+    assert not runs.may_use(tmp_path, tiny)
+
+
 @pytest.mark.parametrize("changes", [{}, {"lr": 0.5}])
-def test_a_config_that_a_person_wrote_is_never_replaced(tmp_path, tiny, digits, changes):
-    written = "# learned the hard way\n" + recipes.dump(tiny)
+@pytest.mark.parametrize(
+    "remark",
+    [
+        lambda dump: "# learned the hard way\n" + dump,
+        lambda dump: dump + "# learned the hard way\n",
+        lambda dump: dump.replace("lr: 0.01\n", "lr: 0.01  # the hard way\n"),
+        lambda dump: dump.partition("\n")[2],
+        lambda dump: "lr: 0.01\n",
+    ],
+)
+def test_a_config_that_a_person_wrote_is_never_replaced(tmp_path, tiny, digits, changes, remark):
+    written = remark(recipes.dump(tiny))
+    assert written != recipes.dump(tiny)
     (tmp_path / "config.yaml").write_text(written)
     with pytest.raises(
         RunError, match=r"config\.yaml was not written by foldbit train.*pick another run folder"
@@ -223,3 +284,12 @@ def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path, tiny, digits
         ):
             loop.train(tiny, tmp_path / "run", images=digits, threads=1)
     assert loop.train(tiny, tmp_path / "run", images=digits, threads=1).finished
+
+
+def test_classes_may_have_any_names(tmp_path):
+    names = ["caf\udce9", "größe", "b"]  # the first is no Unicode: a folder's name may be any bytes
+    with runs.claimed(tmp_path / "run", recipes.Recipe(), names, resuming=False):
+        pass
+    runs.check_classes(tmp_path / "run", names)
+    with pytest.raises(RunError):
+        runs.check_classes(tmp_path / "run", names[::-1])

@@ -99,15 +99,17 @@ def _uses(graph: Any, outer: dict[str, Any], depth: int) -> Iterator[_Use]:
                 yield from _uses(inner, constants, depth + 1)
 
 
+_MOST_DIMS = 8  # a product of many that are large takes minutes
+
+
 def _of_node(node: Any, constants: dict[str, Any]) -> Iterator[_Use]:
     attributes = {attribute.name: attribute for attribute in node.attribute}
     given = [name if name in constants else None for name in node.input]
     if node.op_type in ("Conv", "ConvTranspose") and len(given) > 1 and given[1]:
         tensor, transposed = constants[given[1]], node.op_type == "ConvTranspose"
         groups = attributes["group"].i if "group" in attributes else 1
-        kernel = math.prod(tensor.dims[2:])
-        kind = "pointwise convolution" if kernel == 1 else "convolution"
-        if groups > 1 and groups == tensor.dims[0] and not transposed:
+        kind = "pointwise convolution" if all(size == 1 for size in tensor.dims[2:]) else "convolution"
+        if groups > 1 and [groups] == tensor.dims[:1] and not transposed:
             kind = "depthwise convolution"
         yield _Use(given[1], node.op_type, kind, tensor, transposed and groups == 1)
     elif node.op_type == "Gemm" and len(given) > 1 and given[1]:
@@ -126,6 +128,8 @@ def _unusable(onnx: Any, use: _Use, shape: tuple[int, ...]) -> str:
         return "not floating point"
     if any(size < 0 for size in shape):
         return "of a negative size"
+    if len(shape) > _MOST_DIMS:
+        return f"of more than {_MOST_DIMS} dims"
     if len(shape) < 2 or use.turned(shape)[0] < 2 or math.prod(shape) < 4:
         return "a vector, or no larger than one"
     if use.operation == "MatMul" and len(shape) > 2:

@@ -105,27 +105,35 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         FileNotFoundError: where the folder is missing.
         IsADirectoryError: where there is a folder of that name.
-        OSError: where it cannot be written otherwise; it names the file.
+        OSError: where it cannot be written otherwise, or is a device or a pipe; it names the file.
     """
     path = Path(path)
-    path = path.resolve() if path.is_symlink() else path
+    try:
+        mode = path.stat().st_mode  # which fails for links in a circle
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    if path.is_dir():
+    if mode is not None and stat.S_ISDIR(mode):
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
+    if mode is not None and not stat.S_ISREG(mode):  # it would be gone, and a file in its place
+        raise OSError(f"cannot write {path}: expected a file, got a device, pipe or socket; name a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:  # with the permissions that the umask leaves
-            if path.exists():
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        file = temporary.open("xb")  # with the permissions that the umask leaves
+        try:
+            with file:
+                if mode is not None:
+                    temporary.chmod(stat.S_IMODE(mode))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:  # that of a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -150,6 +158,11 @@ def read(path: str | os.PathLike[str]) -> Contents:
     layers = _parse_layers(path, description["layers"])
     for name, spec in layers.items():
         _check_layer(path, name, spec, tensors)
+    for name, tensor in tensors.items():  # infinity may be meant, as in masks
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise CorruptPackedFile(f"{path}: {name} holds NaN")
+        if name.rpartition(".")[2] == "running_var" and not (tensor >= 0).all():
+            raise CorruptPackedFile(f"{path}: {name} holds a negative variance")
     return Contents(_parse_architecture(path, description["architecture"]), layers, tensors)
 
 

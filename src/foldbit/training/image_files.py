@@ -111,7 +111,13 @@ class ImageFiles:
         return replace(self, held=torch.from_numpy(held))
 
     def _decode(self, index: int) -> np.ndarray:
-        return to_array(_fit(self.picture(index), self.shape[1:]))
+        image = self.picture(index)
+        if image.size[::-1] != self.shape[1:] and max(image.size) > _LONGEST * min(image.size):
+            raise DataError(
+                f"{self.path(index)} is {image.size[0]}×{image.size[1]}; to be scaled, "
+                f"the longer side may be {_LONGEST} times the shorter"
+            )
+        return to_array(_fit(image, self.shape[1:]))
 
 
 def for_each(work: Callable[[int], T], count: int, title: str) -> list[T]:
@@ -189,6 +195,8 @@ def to_array(image: Image) -> np.ndarray:
 
 _AT_ONCE = 4096  # files that are waited for at once
 _SHOWN = 5  # errors of several
+
+_LONGEST = 100  # times the shorter side: scaled to the size wanted, others may not fit into memory
 
 # Pillow knows others, some of which run programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")

@@ -104,7 +104,7 @@ def train(
         habits: when to save, to look and to measure.
 
     Raises:
-        RunError: where the folder holds a run of another recipe, or another process trains there, or
+        RunError: where the folder holds a run of another recipe, or another training goes on there, or
             ``init`` names a run of another model, or a checkpoint is damaged, or the disk is full.
         TeacherError: where the recipe's teacher cannot be had, or does not fit.
         ValueError: where processes cannot share the batch, or for a number of threads out of range.

@@ -12,7 +12,7 @@ import io
 import math
 import pickle
 import pickletools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -80,11 +80,36 @@ def _check_operations(data: bytes) -> None:
         raise _Refused(f"{len(data) - end - 1:,} bytes follow its end")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Finds three names, each of which stands for an object of this module."""
+_PythonsOwn: Any = vars(pickle)["_Unpickler"]
+
+
+class _Unpickler(_PythonsOwn):
+    """Finds three names, each of which stands for an object of this module.
+
+    Python's own code of the standard library: its keys can be looked at before they are hashed. In the faster
+    one a tuple of tuples, deep or many times the same, ends the process or never ends.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonsOwn.dispatch)
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), fix_imports=False, encoding="bytes")
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set(items[::2], items[1::2])
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key], [value])
+
+    def _set(self, keys: list[Any], values: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict or not all(type(key) in (bytes, str, int) for key in keys):
+            raise _Refused("it has keys that are neither text nor numbers")
+        self.stack[-1].update(zip(keys, values, strict=True))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.SETITEM[0]] = load_setitem
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -143,6 +168,13 @@ class _Reconstruct:
         return _Array()
 
 
+_MOST_DIMS = 4
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**40  # a product of some that are longer takes minutes
+
+
 class _Array:
     """In place of an array."""
 
@@ -155,7 +187,7 @@ class _Array:
         if type(state) is not tuple or len(state) != 5 or type(state[2]) is not _UInt8:
             raise _Refused("it holds an array of another type than uint8")
         _, shape, _, fortran, values = state
-        if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
+        if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(_is_size, shape)):
             raise _Refused("it holds an array without a proper shape")
         if type(values) is not bytes or math.prod(shape) != len(values):
             raise _Refused("it holds an array whose shape and values do not fit")

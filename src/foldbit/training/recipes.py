@@ -144,9 +144,18 @@ class Recipe:
             raise ValueError("schedule 'steps' needs milestones, such as --milestones=[150,250]")
 
 
+_HEAD = "# Written by foldbit train, which may replace it: change a copy, and name that with --config.\n"
+
+
 def dump(recipe: Recipe) -> str:
     """A recipe as YAML, all of it."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    return _HEAD + yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+def is_dump(text: str) -> bool:
+    """Whether YAML is as :func:`dump` writes it, with any version's fields: no person's, without remarks."""
+    # The values go through YAML alone: a recipe writes 1 as 1.0, and fields that an older version lacked.
+    return text.startswith(_HEAD) and text == _HEAD + yaml.safe_dump(yaml.safe_load(text), sort_keys=False)
 
 
 def save(recipe: Recipe, path: str | os.PathLike[str]) -> None:
@@ -183,7 +192,7 @@ def load(
         given = parser.parse_args([*files, *overrides])
         del given["config"]
         return Recipe(**vars(parser.instantiate(given)))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+    except options.MISTAKES as error:
         why = options.explain(str(error), options.fields_of(Recipe))
         raise ValueError(f"not a recipe: {', '.join(map(str, paths))}: {why}") from error
 

@@ -3,7 +3,7 @@
 A run folder holds
 
     config.yaml       the recipe
-    lock              held by the process that trains there; the file stays, empty
+    lock              locked by the process that trains there, where the system can; the file stays, empty
     classes.json      the names of the classes, in the order of the network's outputs
     metrics.jsonl     a line an epoch
     losses.jsonl      a line every so many steps, and at an epoch's end: the mean training loss since the last
@@ -20,10 +20,11 @@ import errno
 import json
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ def may_use(run: Path, recipe: Recipe) -> bool:
     before = recipes.load(config)  # a file of that name that is no recipe is refused: it is another's
     path = checkpoints.newest(run)
     if path is None:
-        if config.read_text("utf-8") != recipes.dump(before):
+        if not recipes.is_dump(config.read_text("utf-8")):
             raise RunError(
                 f"{config} was not written by foldbit train, which would replace it; pick another run folder "
                 "(--config takes this file from where it is)"
@@ -147,6 +148,8 @@ def may_use(run: Path, recipe: Recipe) -> bool:
 def claimed(run: Path, recipe: Recipe, classes: Sequence[str], *, resuming: bool) -> Iterator[None]:
     """Make the folder this recipe's, trained on images of these classes; nobody else trains there meanwhile.
 
+    On Windows, and on file systems that know no locks, nobody else is kept away.
+
     Args:
         run: the folder.
         recipe: what is trained.
@@ -154,19 +157,19 @@ def claimed(run: Path, recipe: Recipe, classes: Sequence[str], *, resuming: bool
         resuming: what :func:`may_use` said.
 
     Raises:
-        RunError: where another process trains there, or has since :func:`may_use` looked; for a full disk.
+        RunError: where another training goes on there, or has since :func:`may_use` looked; for a full disk.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("a") as file:
-        _lock(file.fileno(), run)
+        _lock(file, run)
         if may_use(run, recipe) != resuming:
-            raise RunError(f"another process has trained in {run} just now; give the same command again")
+            raise RunError(f"another training was in {run} just now; give the same command again")
         try:
             checkpoints.settle(run)
             if not resuming:  # else it is there, and says the same
                 recipes.save(recipe, run / _UNFINISHED)
                 (run / _UNFINISHED).replace(run / "config.yaml")
-            files.write(run / CLASSES, json.dumps(list(classes), ensure_ascii=False).encode())
+            files.write(run / CLASSES, json.dumps(list(classes)).encode())
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -180,24 +183,40 @@ def claimed(run: Path, recipe: Recipe, classes: Sequence[str], *, resuming: bool
 _UNFINISHED = "config.yaml.new"
 
 
-def _lock(handle: int, run: Path) -> None:
+_locked: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _lock(file: IO[str], run: Path) -> None:
     """Lock an open file until it is closed; the system unlocks it when the process ends, however that comes.
 
-    A record lock, which other machines that mount the folder see, and which the process's children do not
-    inherit: those that read images may outlive a kill by seconds.
+    The lock is this open file's, and so keeps others in the same process away, too.
     """
     if sys.platform == "win32":
         return
     import fcntl
 
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise RunError(
-                f"another process is training in {run}; wait until it ends, or pick another folder"
+                f"another training is going on in {run}; wait until it ends, or pick another folder"
             ) from error
         # Some file systems know no locks: there it is up to the user, as it was.
+    _locked.add(file)
+
+
+def _let_go() -> None:
+    """Close, in a forked child, the files that its parent locked, which leaves them to the parent alone.
+
+    Children that read images may outlive a kill by seconds, and would keep the folder locked.
+    """
+    for file in list(_locked):
+        file.close()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def check_classes(run: Path, classes: Sequence[str]) -> None:
