@@ -325,6 +325,11 @@ class Later(nn.Module):
         return x + self.b(y)
 
 
+def behind_a_layer(part):
+    """A network: nothing else reads what the layer gives. Those who take arguments are called by nobody."""
+    return part if isinstance(part, Optional | Arguments) else nn.Sequential(conv(5, 5), part)
+
+
 def plus_one(x):
     x += 1
     return x
@@ -381,8 +386,7 @@ class Alike(Optional):
 )
 @torch.no_grad()
 def test_what_is_changed_in_place_or_depends_on_arguments_fuses_only_where_it_can(part, fused_into, why_not):
-    # A convolution before it: nothing else reads what that gives.
-    plain, fused, x = both(nn.Sequential(conv(5, 5), part()), (4, 5, 6, 6))
+    plain, fused, x = both(behind_a_layer(part()), (4, 5, 6, 6))
     y = plain(x)
     close = (fused(x) - y).abs() <= 1e-4 * y.abs().max()
     assert close.float().mean() > 0.99
@@ -490,7 +494,7 @@ class Arguments(nn.Module):
         self.relu, self.conv, self.decide = nn.ReLU(), conv(5, 5), decide
 
     def forward(self, x, a=None, b=None, **rest):
-        y = self.relu(x)
+        y = self.relu(x + 0.1)  # nothing before it that could do its work
         return self.conv(y) if self.decide(a, b, rest) else self.conv(y) + y
 
 
@@ -514,7 +518,7 @@ class Keeping(nn.Module):
         self.relu, self.conv, self.keep, self.kept = nn.ReLU(), conv(5, 5), keep, []
 
     def forward(self, x):
-        y = self.relu(x)
+        y = self.relu(x + 0.1)  # nothing before it that could do its work
         self.keep(self, y)
         return self.conv(y)
 
@@ -569,12 +573,21 @@ class Shared(nn.Module):
 )
 @torch.no_grad()
 def test_nothing_that_others_see_changes(part):
-    plain, fused, x = both(nn.Sequential(conv(5, 5), part()), (4, 5, 6, 6))
+    plain, fused, x = both(behind_a_layer(part()), (4, 5, 6, 6))
     y = plain(x)
     assert ((fused(x) - y).abs() <= 1e-4 * y.abs().max()).float().mean() > 0.99
     for name in ("last", "kept"):
-        mine, theirs = (getattr(network[1], name, None) for network in (fused, plain))
-        torch.testing.assert_close(mine, theirs)
+        kept = [
+            [getattr(m, name) for m in network.modules() if hasattr(m, name)] for network in (fused, plain)
+        ]
+        torch.testing.assert_close(*kept)
+
+
+@torch.no_grad()
+def test_calls_with_some_of_the_optional_arguments_give_what_they_gave():
+    plain, fused, x = both(Arguments(lambda a, b, rest: not (a is not None and b is None)), (4, 5, 6, 6))
+    for arguments in ({}, {"a": 1}, {"b": 1}, {"a": 1, "b": 1}):
+        torch.testing.assert_close(fused(x, **arguments), plain(x, **arguments))
 
 
 @torch.no_grad()

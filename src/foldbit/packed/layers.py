@@ -20,6 +20,7 @@ from foldbit.core import schemes, solvers
 from foldbit.kernels import layout
 from foldbit.packed import ops, thresholds
 from foldbit.packed.spec import LayerSpec
+from foldbit.packed.weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -166,18 +167,7 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         """The approximated weight, without any neighbour's work: ``layer.weight()`` is the tensor."""
-        return PackedWeight(self)
-
-    def _unpacked(self) -> Tensor:
-        """The approximated weight, float32 ``[out, in/groups, kh, kw]``."""
-        spec = self.spec
-        shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
-        bits = (self.planes.unsqueeze(-1) >> shifts) & 1
-        negative = bits.flatten(-2)[..., : spec.channels].bool()  # [k, out, kh, kw, in/groups]
-        segmented = negative.unflatten(-1, (spec.segments, -1))
-        scales = self.scales.reshape(spec.weight_planes, spec.out_channels, 1, 1, spec.segments, 1)
-        signed = torch.where(segmented, -scales, scales)
-        return signed.sum(0).flatten(-2).movedim(-1, 1)
+        return PackedWeight(self.spec, self.planes, self.scales)
 
     def _bitwise_conv(self, x: Tensor, residual: Tensor | None) -> Tensor:
         spec = self.spec
@@ -204,7 +194,9 @@ class PackedLayer(nn.Module):
         x, (top, bottom, left, right) = self._pad(x)
         x = F.pad(x, (left, right, top, bottom))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self._unpacked().to(x.dtype), bias, spec.stride, 0, spec.dilation, spec.groups)
+        return F.conv2d(
+            x, self.weight.as_images().to(x.dtype), bias, spec.stride, 0, spec.dilation, spec.groups
+        )
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Pad with values where the padding mode asks for values; say what zero padding is left to do."""
@@ -367,39 +359,8 @@ class PackedLinear(PackedLayer):
     def _float_conv(self, x: Tensor) -> Tensor:
         # As a product, for a convolution refuses images without pixels.
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x.squeeze(3).transpose(1, 2), self._unpacked().flatten(1).to(x.dtype), bias)
+        y = F.linear(x.squeeze(3).transpose(1, 2), self.weight().to(x.dtype), bias)
         return y.transpose(1, 2).unsqueeze(3)
-
-
-class PackedWeight:
-    """A packed layer's weight, which is a tensor only when it is called.
-
-    A forward pass that asks a layer's weight for its dtype, device or shape gets an answer without one.
-
-    Attributes:
-        dtype, device, shape, ndim, requires_grad: of the tensor.
-    """
-
-    dtype, device, requires_grad = torch.float32, torch.device("cpu"), False
-
-    def __init__(self, layer: PackedLayer) -> None:
-        self._layer = layer
-
-    @property
-    def shape(self) -> torch.Size:
-        """As in the quantized twin: ``[out, in/groups, *kernel]``."""
-        spec = self._layer.spec
-        kernel = spec.kernel_size[{"linear": 2, "conv1d": 1, "conv2d": 0}[spec.kind] :]
-        return torch.Size((spec.out_channels, spec.channels, *kernel))
-
-    @property
-    def ndim(self) -> int:
-        """How many dims."""
-        return len(self.shape)
-
-    def __call__(self) -> Tensor:
-        """The approximated weight, float32 ``[out, in/groups, *kernel]``, made anew."""
-        return self._layer._unpacked().reshape(self.shape)
 
 
 def _check_residual(residual: Tensor, shape: torch.Size) -> None:
